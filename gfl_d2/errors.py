@@ -1,0 +1,28 @@
+"""Errors that are the user's to mend, told apart from bugs."""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "user_message"]
+
+
+class InputError(ValueError):
+    """
+    A mistake in what the user gave: config, data or weights. The message names the file or key
+    and the item, and is meant to be shown without a stack trace, see :func:`user_message`.
+    """
+
+
+# How a traceback ends before the message of an InputError.
+_MARK = f"{InputError.__module__}.{InputError.__qualname__}: "
+
+
+def user_message(error: BaseException) -> str:
+    """
+    The plain message of ``error``.
+
+    A worker process of a torch DataLoader hands an error on as text, with its whole traceback:
+    of that, only the message of the :class:`InputError` is kept.
+    """
+    text = str(error)
+    _, found, message = text.rpartition(_MARK)
+    return (message if found else text).strip()
