@@ -1,0 +1,65 @@
+# `make help` lists the targets and their variables.
+
+VENV ?= .venv
+TESTS ?= tests
+PYTEST_ARGS ?=
+DETECTRON2 ?=
+LINT_VENV := .venv-lint
+
+BASE_PYTHON := $(or $(PYTHON),python3)
+VENV_PYTHON := $(VENV)/bin/python
+
+# Lets every target use this checkout, whatever the environment has installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.DEFAULT_GOAL := help
+.PHONY: help env test lint format demo clean distclean
+
+help:
+	@echo "make env        build the environment: Detectron2 0.6 from PyPI, without its C++ extension"
+	@echo "make test       run the tests, in the environment (built if needed)"
+	@echo "make lint       check the code's style; needs no environment"
+	@echo "make format     correct the code's style"
+	@echo "make demo       run the demo, in the environment (built if needed)"
+	@echo "make clean      remove build products and outputs"
+	@echo "make distclean  make clean, and remove the environments"
+	@echo
+	@echo "Variables:"
+	@echo "  VENV=<folder>        the environment (.venv)"
+	@echo "  PYTHON=<program>     the Python to build it with (python3); 3.9 to 3.13"
+	@echo "  DETECTRON2=github    build Detectron2's main branch, with its C++ extension"
+	@echo "  DETECTRON2=<folder>  build the Detectron2 of this checkout, with its C++ extension"
+	@echo "  DETECTRON2=pypi      go back to Detectron2 0.6 from PyPI"
+	@echo "  TESTS=<files>        the tests to run (tests)"
+	@echo "  PYTEST_ARGS=<args>   more arguments of pytest"
+
+env:
+	@$(BASE_PYTHON) dev/make_env.py "$(VENV)" \
+		$(if $(DETECTRON2),--detectron2 "$(DETECTRON2)") $(if $(PYTHON),--this-python)
+
+test: env
+	"$(VENV_PYTHON)" -m pytest $(TESTS) $(PYTEST_ARGS)
+
+demo: env
+	"$(VENV_PYTHON)" demo/run_demo.py
+
+# ruff has an environment of its own, so that checking the style takes seconds.
+$(LINT_VENV)/complete: dev/requirements/lint.txt
+	$(BASE_PYTHON) -m venv --clear $(LINT_VENV)
+	$(LINT_VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	touch $@
+
+lint: $(LINT_VENV)/complete
+	$(LINT_VENV)/bin/ruff check --config dev/ruff.toml .
+	$(LINT_VENV)/bin/ruff format --config dev/ruff.toml --check .
+
+format: $(LINT_VENV)/complete
+	$(LINT_VENV)/bin/ruff check --config dev/ruff.toml --fix .
+	$(LINT_VENV)/bin/ruff format --config dev/ruff.toml .
+
+clean:
+	rm -rf build dist output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./.venv*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv $(LINT_VENV)

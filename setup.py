@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def get_version():
+    text = (ROOT / "gfl_d2" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def get_long_description():
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="gfl_d2",
+    version=get_version(),
+    description="Generalized Focal Loss for Detectron2",
+    long_description=get_long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["gfl_d2", "gfl_d2.*"]),
+    python_requires=">=3.9",
+    # Not listed: detectron2, which is not on PyPI, and torch and torchvision, which must come
+    # as a matching pair that pip cannot choose. An installed Detectron2 has all three.
+    install_requires=["fvcore", "numpy", "opencv-python", "pycocotools"],
+    extras_require={
+        "dev": ["hypothesis", "pytest", "ruff"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.9",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
