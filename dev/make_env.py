@@ -222,7 +222,7 @@ def install_packages(venv):
 
 
 def install_detectron2(venv, source):
-    pip(venv, "uninstall", "-q", "-y", "detectron2")
+    pip(venv, "uninstall", "-qq", "-y", "detectron2")
     # What an interrupted installation left: an old extension would hide the stand-in.
     for path in venv.glob("lib/python*/site-packages/*etectron2*"):
         shutil.rmtree(path)
@@ -309,14 +309,15 @@ def make_env(venv, choice=None, this_python=False):
             )
         if choice not in (None, "pypi", "github"):
             choice = str(Path(choice).expanduser().resolve())
-        wanted = {
-            "packages": digest_files(REQUIREMENTS.glob("*.txt")),
-            "detectron2": detectron2_source(choice or state.get("choice", "pypi")),
-            "checkout": str(ROOT),
-        }
+        source = None
         if choice is None and os.path.isabs(state.get("choice", "")):
             # Not rebuilt for a change in its checkout, unless asked to.
-            wanted["detectron2"] = state.get("detectron2", wanted["detectron2"])
+            source = state.get("detectron2")
+        wanted = {
+            "packages": digest_files(REQUIREMENTS.glob("*.txt")),
+            "detectron2": source or detectron2_source(choice or state.get("choice", "pypi")),
+            "checkout": str(ROOT),
+        }
         install = {
             "packages": install_packages,
             "detectron2": lambda venv: install_detectron2(venv, wanted["detectron2"]),
