@@ -1,0 +1,291 @@
+"""Check data in COCO format and register it with Detectron2's catalogs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from ..errors import InputError
+
+__all__ = ["CocoFormatSummary", "register_coco_format", "registered_summary"]
+
+logger = logging.getLogger(__name__)
+
+_REQUIRED_KEYS = {
+    "categories": ("id", "name"),
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+}
+# Annotation keys that training can do without, but pycocotools' evaluation cannot.
+_EVALUATION_KEYS = ("area", "iscrowd")
+# How many offenders a message names.
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class CocoFormatSummary:
+    """What is known of a registered dataset without loading it again."""
+
+    json_file: str
+    image_root: str
+    num_images: int
+    # Images with a box to train on: not a crowd, and with some area inside the image.
+    num_images_with_boxes: int
+    # Why the file is unfit for evaluation, "" if it is fit.
+    evaluation_problem: str
+
+
+_registered: dict[str, CocoFormatSummary] = {}
+
+
+def registered_summary(name: str) -> CocoFormatSummary | None:
+    """The summary of a dataset registered by :func:`register_coco_format`, None for others."""
+    return _registered.get(name) if name in DatasetCatalog else None
+
+
+def register_coco_format(
+    name: str, json_file: str | os.PathLike, image_root: str | os.PathLike
+) -> None:
+    """
+    Check a dataset in COCO format and register it, so that its ``name`` can be used in
+    ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Class names are those of the JSON file, in the order
+    of the category ids. Boxes without area inside their image are reported and left out when the
+    dataset is loaded. Registering the same again does nothing.
+
+    Args:
+        name: to register under; not one of Detectron2's own.
+        json_file: annotations.
+        image_root: the folder that ``file_name`` in the JSON file is relative to.
+
+    Raises:
+        InputError: the file or an image is missing, the file is not sound (the message names the
+            item), or ``name`` is taken by other data.
+    """
+    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+    if name in DatasetCatalog:
+        _check_is_same(name, json_file, image_root)
+        return
+    data = _read_json(json_file)
+    summary = _check_coco_format(json_file, image_root, data)
+
+    categories = sorted(data["categories"], key=lambda category: category["id"])
+    # Set at once, where load_coco_json would set them only when the data is first loaded.
+    MetadataCatalog.get(name).set(
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+    )
+    DatasetCatalog.register(name, lambda: _load(name, json_file, image_root))
+    _registered[name] = summary
+
+
+def _load(name: str, json_file: str, image_root: str) -> list[dict]:
+    """The dataset in Detectron2's format, without boxes that have no area in their image."""
+    records = load_coco_json(json_file, image_root, name)
+    for record in records:
+        record["annotations"] = [
+            annotation
+            for annotation in record["annotations"]
+            if _has_area(annotation["bbox"], record["width"], record["height"])
+        ]
+    return records
+
+
+def _check_is_same(name: str, json_file: str, image_root: str) -> None:
+    summary = registered_summary(name)
+    if summary is None:
+        raise InputError(
+            f"The name '{name}' belongs to a dataset that is already registered, by Detectron2 or "
+            "by other code: choose another"
+        )
+    if (summary.json_file, summary.image_root) != (json_file, image_root):
+        raise InputError(
+            f"Dataset '{name}' is registered twice, with {summary.json_file} and "
+            f"{summary.image_root}, then with {json_file} and {image_root}"
+        )
+
+
+def _read_json(json_file: str) -> Any:
+    if not os.path.isfile(json_file):
+        raise InputError(f"{json_file}: no such file")
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{json_file} cannot be read as JSON: {error}") from None
+
+
+def _check_coco_format(json_file: str, image_root: str, data: Any) -> CocoFormatSummary:
+    """
+    Check the content of a JSON file, and that its images exist.
+
+    Raises:
+        InputError: naming the file and the first item that is not sound.
+    """
+    categories, images, annotations = (
+        _index_by_id(json_file, kind, _get_records(json_file, kind, data))
+        for kind in _REQUIRED_KEYS
+    )
+    if not categories:
+        raise InputError(f"{json_file} has no categories")
+    for category in categories.values():
+        if not isinstance(category["name"], str) or not category["name"]:
+            raise InputError(f"{json_file}: category {category['id']} has no proper name")
+    for image in images.values():
+        _check_image_record(json_file, image)
+    for annotation in annotations.values():
+        _check_annotation(json_file, annotation, images, categories)
+    _check_image_files(json_file, image_root, images.values())
+    if 0 in annotations:
+        logger.warning(
+            f"{json_file}: id 0 in 'annotations', which COCO evaluation takes for 'no match': that "
+            "box always counts as missed. Ids should start from 1."
+        )
+
+    with_area = _filter_boxes_with_area(json_file, annotations.values(), images)
+    images_with_boxes = {a["image_id"] for a in with_area if not a.get("iscrowd", 0)}
+    return CocoFormatSummary(
+        json_file=json_file,
+        image_root=image_root,
+        num_images=len(images),
+        num_images_with_boxes=len(images_with_boxes),
+        evaluation_problem=_evaluation_problem(json_file, annotations),
+    )
+
+
+def _get_records(json_file: str, kind: str, data: Any) -> list[dict]:
+    """The list under the key ``kind``, after a check that its items have the keys they need."""
+    if not isinstance(data, dict) or not isinstance(data.get(kind), list):
+        raise InputError(f"{json_file} is not in COCO format: it has no list '{kind}'")
+    for index, record in enumerate(data[kind]):
+        if not isinstance(record, dict):
+            raise InputError(f"{json_file}: item {index} of '{kind}' is not an object: {record!r}")
+        missing = [key for key in _REQUIRED_KEYS[kind] if key not in record]
+        if missing:
+            which = f", id {record['id']}," if "id" in record else ""
+            raise InputError(f"{json_file}: item {index} of '{kind}'{which} lacks {missing}")
+    return data[kind]
+
+
+def _index_by_id(json_file: str, kind: str, records: Iterable[dict]) -> dict[Any, dict]:
+    # Text as the id of an image is common, and harmless.
+    types = (int, str) if kind == "images" else int
+    by_id = {}
+    for record in records:
+        if not isinstance(record["id"], types):
+            raise InputError(f"{json_file}: id {record['id']!r} in '{kind}' is not an integer")
+        if record["id"] in by_id:
+            raise InputError(f"{json_file}: id {record['id']} occurs twice in '{kind}'")
+        by_id[record["id"]] = record
+    return by_id
+
+
+def _check_image_record(json_file: str, image: dict) -> None:
+    if not isinstance(image["file_name"], str) or not image["file_name"]:
+        raise InputError(f"{json_file}: image {image['id']} has no proper file_name")
+    if not all(_is_number(image[key]) and image[key] > 0 for key in ("width", "height")):
+        raise InputError(
+            f"{json_file}: image {image['id']} ({image['file_name']}) has width "
+            f"{image['width']!r} and height {image['height']!r}, which must be positive numbers"
+        )
+
+
+def _check_annotation(json_file: str, annotation: dict, images: dict, categories: dict) -> None:
+    where = f"{json_file}: annotation {annotation['id']}"
+    image_id, category_id = annotation["image_id"], annotation["category_id"]
+    image = images.get(image_id) if isinstance(image_id, Hashable) else None
+    if image is None:
+        raise InputError(f"{where} (category {category_id}) is of unknown image {image_id!r}")
+    where += f" (image {image_id}, {image['file_name']})"
+    if not isinstance(category_id, Hashable) or category_id not in categories:
+        raise InputError(
+            f"{where} has unknown category {category_id!r}; known: {_name_some(categories)}"
+        )
+    where += f", category {category_id} ({categories[category_id]['name']}),"
+    bbox = annotation["bbox"]
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_number, bbox))):
+        raise InputError(f"{where} has bbox {bbox!r}, not four finite numbers x, y, width, height")
+    if bbox[2] < 0 or bbox[3] < 0:
+        raise InputError(f"{where} has bbox {bbox!r}, of negative width or height")
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and not all(isinstance(p, list) for p in segmentation):
+        raise InputError(f"{where} has a segmentation that is not a list of polygons")
+    if annotation.get("ignore", 0):
+        raise InputError(f"{where} has 'ignore' set, which Detectron2 does not support")
+
+
+def _check_image_files(json_file: str, image_root: str, images: Iterable[dict]) -> None:
+    if not os.path.isdir(image_root):
+        raise InputError(f"{image_root}, the folder with the images of {json_file}, does not exist")
+    paths = [os.path.join(image_root, image["file_name"]) for image in images]
+    # One listing per folder: on a network drive much faster than one question per image.
+    folders = {os.path.dirname(path) for path in paths}
+    existing = {
+        os.path.join(folder, file)
+        for folder in folders
+        if os.path.isdir(folder)
+        for file in os.listdir(folder)
+    }
+    missing = [path for path in paths if path not in existing and not os.path.isfile(path)]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of the {len(paths)} images of {json_file} do not exist: "
+            f"{_name_some(missing)}"
+        )
+
+
+def _filter_boxes_with_area(
+    json_file: str, annotations: Iterable[dict], images: dict
+) -> list[dict]:
+    """The annotations whose box has some area in its image, and one warning for the others."""
+    with_area, without_area = [], []
+    for annotation in annotations:
+        image = images[annotation["image_id"]]
+        has_area = _has_area(annotation["bbox"], image["width"], image["height"])
+        (with_area if has_area else without_area).append(annotation)
+    if without_area:
+        names = (f"annotation {a['id']} of image {a['image_id']}" for a in without_area)
+        logger.warning(
+            f"{len(without_area)} of the {len(with_area) + len(without_area)} boxes in {json_file} "
+            f"have no area inside their image and are left out of training: {_name_some(names)}. "
+            "COCO evaluation reads the file itself and counts them as missed."
+        )
+    return with_area
+
+
+def _evaluation_problem(json_file: str, annotations: dict) -> str:
+    for key in _EVALUATION_KEYS:
+        lacking = [id for id, annotation in annotations.items() if key not in annotation]
+        if lacking:
+            return (
+                f"{json_file} has {len(lacking)} annotations without '{key}': {_name_some(lacking)}"
+            )
+    return ""
+
+
+def _has_area(bbox: list, width: float, height: float) -> bool:
+    """Whether some of the box [x, y, width, height] lies in an image of this size, in pixels."""
+    x, y, w, h = bbox
+    return min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _name_some(items: Iterable) -> str:
+    """The first few items, for a message."""
+    names = [str(item) for item in items]
+    rest = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,210 @@
+"""Datasets as a config names them: registered, and checked before training starts."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+
+from ..errors import InputError
+from .coco_format import register_coco_format, registered_summary
+
+__all__ = ["check_datasets", "load_training_dicts", "register_datasets"]
+
+logger = logging.getLogger(__name__)
+
+# Node of cfg.MODEL that holds NUM_CLASSES, by meta-architecture. Others are not checked.
+_NUM_CLASSES_NODES = {"GFL": "GFL", "RetinaNet": "RETINANET"}
+
+
+def register_datasets(cfg: CfgNode, required: Iterable[str] | None = None) -> None:
+    """
+    Register each ``[name, json_file, image_root]`` of ``cfg.DATASETS.REGISTER``. ``~`` and
+    ``$VARIABLES`` in paths are expanded. Relative paths are looked for in the current directory,
+    then in the folder that the environment variable ``DETECTRON2_DATASETS`` names ("datasets" by
+    default).
+
+    Args:
+        cfg: a Detectron2 config with the keys of this project.
+        required: the names whose data must be there and sound, by default all of
+            ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Others are registered if they can be, so
+            that one config serves where only some of its data is.
+
+    Raises:
+        InputError: an entry is malformed, or the data of a required one missing or not sound.
+    """
+    if required is None:
+        required = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for entry in cfg.DATASETS.REGISTER:
+        name, json_file, image_root = _check_entry(entry)
+        try:
+            register_coco_format(
+                name,
+                _find(name, "file", json_file, os.path.isfile),
+                _find(name, "folder", image_root, os.path.isdir),
+            )
+        except InputError as error:
+            if name in required:
+                raise
+            logger.info(f"Dataset '{name}' is not needed here and not registered: {error}")
+
+
+def _check_entry(entry: object) -> tuple[str, str, str]:
+    is_valid = (
+        isinstance(entry, (list, tuple))
+        and len(entry) == 3
+        and all(isinstance(item, str) and item for item in entry)
+    )
+    if not is_valid:
+        raise InputError(
+            "DATASETS.REGISTER must be a list of [name, json_file, image_root], for instance "
+            f"[['cells_train', 'cells/train.json', 'cells/images']], but has the entry {entry!r}"
+        )
+    return tuple(entry)
+
+
+def _find(name: str, kind: str, path: str, exists: Callable[[str], bool]) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    # The second is the first again if the path is absolute.
+    candidates = (expanded, os.path.join(_datasets_root(), expanded))
+    for candidate in candidates:
+        if exists(candidate):
+            return candidate
+    places = " and ".join(dict.fromkeys(os.path.abspath(candidate) for candidate in candidates))
+    raise InputError(f"DATASETS.REGISTER, '{name}': no {kind} '{path}'; looked for {places}")
+
+
+def _datasets_root() -> str:
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
+    """
+    Check the datasets that training (or evaluation alone) will use against each other and
+    against the model, to be called before the model is built. Data of datasets registered by
+    :func:`register_datasets` and of Detectron2's own is not loaded for this.
+
+    Args:
+        cfg: a Detectron2 config with the keys of this project.
+        eval_only: ``DATASETS.TRAIN`` is not used.
+
+    Raises:
+        InputError: an unknown name, missing files, an empty dataset, one that cannot be evaluated,
+            classes that differ between datasets, or another number of classes than the model's.
+    """
+    train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
+    test = tuple(cfg.DATASETS.TEST)
+    names = tuple(dict.fromkeys(train + test))
+    used = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[used]:
+        raise InputError(f"DATASETS.{used} names no dataset")
+    for name in names:
+        _check_exists(name)
+    _check_not_empty(names, train, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    for name in test:
+        summary = registered_summary(name)
+        if summary is not None and summary.evaluation_problem:
+            raise InputError(
+                f"Dataset '{name}' cannot be evaluated as it is: {summary.evaluation_problem}"
+            )
+    classes = {name: _class_names(name) for name in names}
+    classes = {name: known for name, known in classes.items() if known is not None}
+    _check_num_classes(cfg, classes)
+    _check_same_classes(classes)
+
+
+def load_training_dicts(cfg: CfgNode) -> list[dict]:
+    """
+    The images of ``DATASETS.TRAIN`` in Detectron2's format, without those that have no box if
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    try:
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    except AssertionError as error:  # this is how Detectron2 reports empty datasets
+        raise InputError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from None
+
+
+def _check_exists(name: str) -> None:
+    if name not in DatasetCatalog:
+        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=5)
+        advice = f"close names: {', '.join(close)}" if close else "no registered name is close"
+        raise InputError(
+            f"Dataset '{name}' is not registered; {advice}. "
+            "DATASETS.REGISTER registers data in COCO format."
+        )
+    metadata = MetadataCatalog.get(name)
+    for key in ("json_file", "image_root"):
+        path = metadata.get(key)
+        if path and "://" not in path and not os.path.exists(path):
+            raise InputError(
+                f"{path}, which dataset '{name}' needs, does not exist. The environment variable "
+                "DETECTRON2_DATASETS names the folder that Detectron2's own datasets are in; "
+                f"here it is '{_datasets_root()}'."
+            )
+
+
+def _check_not_empty(names: tuple[str, ...], train: tuple[str, ...], needs_boxes: bool) -> None:
+    summaries = {name: registered_summary(name) for name in names}
+    for name, summary in summaries.items():
+        if summary is not None and not summary.num_images:
+            raise InputError(f"Dataset '{name}' is empty: {summary.json_file} has no images")
+    # Of other datasets load_training_dicts tells, when they are loaded.
+    known = [summaries[name] for name in train if summaries[name] is not None]
+    if (
+        needs_boxes
+        and len(known) == len(train) > 0
+        and not any(s.num_images_with_boxes for s in known)
+    ):
+        files = ", ".join(summary.json_file for summary in known)
+        raise InputError(
+            f"No image of DATASETS.TRAIN {train} has a box to train on ({files}), and "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without"
+        )
+
+
+def _class_names(name: str) -> list[str] | None:
+    """Class names of a registered dataset, None if it has none."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        # Detectron2's register_coco_instances knows them only when the data has been loaded.
+        DatasetCatalog.get(name)
+    return metadata.get("thing_classes")
+
+
+def _check_num_classes(cfg: CfgNode, classes: dict[str, list[str]]) -> None:
+    node = _NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE)
+    if node is None:
+        return
+    num_classes = cfg.MODEL[node].NUM_CLASSES
+    for name, names in classes.items():
+        if len(names) != num_classes:
+            raise InputError(
+                f"MODEL.{node}.NUM_CLASSES is {num_classes}, but dataset '{name}' has "
+                f"{len(names)} classes ({_shorten(names)}): set MODEL.{node}.NUM_CLASSES "
+                f"{len(names)}"
+            )
+
+
+def _check_same_classes(classes: dict[str, list[str]]) -> None:
+    for first, second in zip(classes, list(classes)[1:]):
+        pairs = itertools.zip_longest(classes[first], classes[second])
+        for index, (name, other) in enumerate(pairs):
+            if name != other:
+                raise InputError(
+                    f"Datasets '{first}' and '{second}' must have the same classes in the same "
+                    f"order, but class {index} is {name!r} in the one, {other!r} in the other"
+                )
+
+
+def _shorten(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with photographs and their annotations, where there is one."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("GFL_D2_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("no photographs to test with: set GFL_D2_TEST_DATA")
+    return folder
+
+
+@pytest.fixture
+def clean_catalogs():
+    """Forgets the datasets that a test registers."""
+    before = {catalog: set(catalog) for catalog in (DatasetCatalog, MetadataCatalog)}
+    yield
+    for catalog, names in before.items():
+        for name in set(catalog) - names:
+            catalog.remove(name)

@@ -1,0 +1,192 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from gfl_d2 import add_gfl_config
+from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.errors import InputError
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Base-GFL.yaml"
+
+
+def build(num_classes: int = 3, depth: int = 18, conv_dim: int = 32, num_convs: int = 1):
+    cfg = get_cfg()
+    add_gfl_config(cfg)
+    cfg.merge_from_file(str(CONFIG))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.DEPTH = depth
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.GFL.CONV_DIM = conv_dim
+    cfg.MODEL.GFL.NUM_CONVS = num_convs
+    cfg.MODEL.GFL.NUM_CLASSES = num_classes
+    return build_model(cfg)
+
+
+def save(model, path, drop: str = ""):
+    weights = model.state_dict()
+    for name in [name for name in weights if drop and name.startswith(drop)]:
+        del weights[name]
+    torch.save({"model": weights}, path)
+    return str(path)
+
+
+def save_imagenet(model, path):
+    """The backbone alone and a classifier, in the form of Detectron2's ImageNet weights."""
+    prefix = "backbone.bottom_up."
+    weights = {
+        k[len(prefix) :]: v.numpy() for k, v in model.state_dict().items() if k.startswith(prefix)
+    }
+    weights["stem.fc.weight"] = np.zeros((1000, 512), dtype=np.float32)
+    content = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
+    with open(path, "wb") as file:
+        pickle.dump(content, file)
+    return str(path)
+
+
+def load_error(model, path, **kwargs) -> str:
+    with pytest.raises(InputError) as error:
+        GFLCheckpointer(model, **kwargs).load(str(path))
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_same_model_loads_every_parameter(tmp_path, complete):
+    source, target = build(), build()
+    GFLCheckpointer(target, complete=complete).load(save(source, tmp_path / "model.pth"))
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, target.state_dict()[name]), name
+
+
+def test_other_number_of_classes_starts_the_classifier_anew(tmp_path, caplog):
+    source, target = build(num_classes=3), build(num_classes=7)
+    before = target.head.cls_score.weight.clone()
+    GFLCheckpointer(target).load(save(source, tmp_path / "model.pth"))
+    assert torch.equal(target.head.cls_score.weight, before)
+    assert torch.equal(target.head.bbox_pred.weight, source.head.bbox_pred.weight)
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert "2 parameters start anew: head.cls_score.weight, head.cls_score.bias" in warning
+
+
+def test_other_number_of_classes_is_an_error_in_evaluation(tmp_path):
+    path = save(build(num_classes=3), tmp_path / "model.pth")
+    message = load_error(build(num_classes=7), path, complete=True)
+    assert "head.cls_score.weight is (3, 32, 3, 3), not (7, 32, 3, 3)" in message
+
+
+def test_other_width_is_an_error(tmp_path):
+    path = save(build(conv_dim=32), tmp_path / "model.pth")
+    message = load_error(build(conv_dim=64), path)
+    assert "head.cls_subnet.0.weight is (32, 32, 3, 3), not (64, 32, 3, 3)" in message
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "what"),
+    [
+        ({"depth": 18}, {"depth": 34}, "Not in the file (48): backbone.bottom_up.res2.2"),
+        ({"depth": 34}, {"depth": 18}, "Not in the model (80): backbone.bottom_up.res2.2"),
+        ({"num_convs": 1}, {"num_convs": 2}, "Not in the file (6): head.cls_subnet.1"),
+        ({"num_convs": 2}, {"num_convs": 1}, "Not in the model (6): head.cls_subnet.1"),
+    ],
+)
+def test_other_depth_is_an_error(tmp_path, there, here, what):
+    message = load_error(build(**here), save(build(**there), tmp_path / "model.pth"))
+    assert what in message
+
+
+def test_imagenet_weights_load(tmp_path):
+    source, target = build(), build()
+    GFLCheckpointer(target).load(save_imagenet(source, tmp_path / "R-18.pkl"))
+    expected = source.backbone.bottom_up.state_dict()
+    for name, value in target.backbone.bottom_up.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "what"),
+    [
+        (18, 34, "Not in the file (48): backbone.bottom_up.res2.2"),
+        (34, 18, "Not in the model (80): res2.2.conv1"),
+        (18, 50, "in the model (8): backbone.bottom_up.res2.0.conv1.weight is (64, 64, 3, 3), "
+                 "not (64, 64, 1, 1)"),
+    ],
+)  # fmt: skip
+def test_imagenet_weights_of_another_depth_are_an_error(tmp_path, there, here, what):
+    path = save_imagenet(build(depth=there), tmp_path / "weights.pkl")
+    model = build(depth=here)
+    assert what in load_error(model, path)
+
+
+def test_imagenet_weights_are_not_enough_to_evaluate(tmp_path):
+    path = save_imagenet(build(), tmp_path / "R-18.pkl")
+    assert "Not in the file" in load_error(build(), path, complete=True)
+
+
+def test_file_without_head_starts_training_but_not_evaluation(tmp_path):
+    path = save(build(), tmp_path / "model.pth", drop="head.")
+    GFLCheckpointer(build()).load(path)
+    assert "Not in the file (11): head." in load_error(build(), path, complete=True)
+
+
+def test_unrelated_weights_are_an_error(tmp_path):
+    torch.save({"model": {"other.weight": torch.zeros(3)}}, tmp_path / "model.pth")
+    message = load_error(build(), tmp_path / "model.pth")
+    assert "Not in the model (1): other.weight" in message
+
+
+def test_missing_file(tmp_path):
+    assert "does not exist" in load_error(build(), tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", pickle.dumps([1, 2])])
+def test_file_that_is_no_checkpoint(tmp_path, suffix, content):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    message = load_error(build(), path)
+    assert "cannot be read" in message or "is not a checkpoint" in message
+
+
+def test_truncated_checkpoint(tmp_path):
+    path = tmp_path / "model.pth"
+    save(build(), path)
+    path.write_bytes(path.read_bytes()[:10000])
+    assert "cannot be read" in load_error(build(), path)
+
+
+def test_checkpoint_of_something_else(tmp_path):
+    torch.save({"model": {"iteration": 3}}, tmp_path / "model.pth")
+    assert "is not a checkpoint of a model" in load_error(build(), tmp_path / "model.pth")
+
+
+def test_evaluation_needs_weights():
+    with pytest.raises(InputError, match=r"MODEL\.WEIGHTS is empty"):
+        GFLCheckpointer(build(), complete=True).load("")
+
+
+def test_training_from_scratch_needs_none():
+    assert GFLCheckpointer(build()).load("") == {}
+
+
+def test_resuming_needs_every_parameter(tmp_path):
+    save(build(num_classes=3), tmp_path / "model_0000001.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    checkpointer = GFLCheckpointer(build(num_classes=7), str(tmp_path))
+    with pytest.raises(InputError, match=r"model_0000001\.pth .*head\.cls_score\.weight"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_failed_load_writes_nothing(tmp_path):
+    path = save(build(conv_dim=32), tmp_path / "model.pth")
+    content = (tmp_path / "model.pth").read_bytes()
+    load_error(build(conv_dim=64), path, save_dir=str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+    assert (tmp_path / "model.pth").read_bytes() == content
