@@ -1,0 +1,20 @@
+from .assigner import ATSSAssigner
+from .backbone import build_gfl_resnet_fpn_backbone
+from .box_distribution import bbox_to_distance, distance_to_bbox, integral
+from .gfl import GFL
+from .head import GFLHead
+from .losses import aligned_iou, distribution_focal_loss, giou_loss, quality_focal_loss
+
+__all__ = [
+    "ATSSAssigner",
+    "GFL",
+    "GFLHead",
+    "aligned_iou",
+    "bbox_to_distance",
+    "build_gfl_resnet_fpn_backbone",
+    "distance_to_bbox",
+    "distribution_focal_loss",
+    "giou_loss",
+    "integral",
+    "quality_focal_loss",
+]

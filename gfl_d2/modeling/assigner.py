@@ -1,0 +1,133 @@
+"""Adaptive Training Sample Selection: which locations answer for which ground-truth box."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from .losses import aligned_iou
+
+__all__ = ["ATSSAssigner"]
+
+# A location is positive only if its distance to every side of the box exceeds this, in pixels.
+_MIN_CENTER_DISTANCE = 0.01
+
+
+class ATSSAssigner:
+    """
+    The assignment rule of ATSS (Zhang et al., CVPR 2020). For each ground-truth box,
+
+    1. on every level, the ``topk`` anchors whose centres are nearest to the centre of the box are
+       candidates (all of a smaller level);
+    2. the threshold is the mean plus the unbiased standard deviation of the candidates' IoUs
+       with the box, over all levels;
+    3. candidates with IoU >= threshold whose centre is inside the box are positive.
+
+    An anchor that is positive for several boxes goes to the one of highest IoU, the first of
+    equals. A box may get no anchor.
+
+    Shapes: M ground-truth boxes of one image, L levels, R anchors over all levels, K candidates
+    per box over all levels (at most L * topk).
+    """
+
+    def __init__(self, topk: int = 9):
+        """
+        Args:
+            topk: candidates per level and box.
+
+        Raises:
+            ValueError: topk < 1.
+        """
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        self.topk = topk
+
+    @torch.no_grad()
+    def __call__(
+        self, anchors: list[Boxes], gt_boxes: Boxes, valid: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            anchors: L levels of anchors of one image, R in all.
+            gt_boxes: the M ground-truth boxes, in the same unit (pixels).
+            valid: shape (R,), bool. Other anchors take no part: they are never candidates.
+                All by default.
+
+        Returns:
+            Tensor: shape (R,), int64: index in [0, M) of the box assigned to each anchor, or -1.
+        """
+        all_anchors = Boxes.cat(anchors).tensor
+        if valid is None:
+            valid = all_anchors.new_ones(len(all_anchors), dtype=torch.bool)
+        if len(gt_boxes) == 0:
+            return torch.full_like(valid, -1, dtype=torch.int64)
+
+        gt = gt_boxes.tensor.to(all_anchors.dtype)
+        index, is_candidate = self._candidates(anchors, gt_boxes.get_centers(), valid)  # (M, K)
+        candidates = all_anchors[index]  # (M, K, 4)
+        iou = aligned_iou(candidates, gt[:, None, :])  # (M, K)
+
+        centers = (candidates[..., :2] + candidates[..., 2:]) / 2
+        sides = torch.cat((centers - gt[:, None, :2], gt[:, None, 2:] - centers), dim=-1)
+        is_inside = sides.amin(dim=-1) > _MIN_CENTER_DISTANCE
+        is_positive = is_candidate & is_inside & (iou >= _threshold(iou, is_candidate))
+        return _best_box(index, iou, is_positive, num_anchors=len(all_anchors))
+
+    def _candidates(
+        self, anchors: list[Boxes], gt_centers: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Returns:
+            index (Tensor): shape (M, K), int64 into the R anchors.
+            is_candidate (Tensor): shape (M, K), bool. False where a level has fewer than
+                ``topk`` valid anchors.
+        """
+        indices, distances = [], []
+        first = 0
+        for anchors_i in anchors:
+            last = first + len(anchors_i)
+            distance = torch.cdist(
+                gt_centers,
+                anchors_i.get_centers(),
+                # The matrix product that is faster for many points rounds too much.
+                compute_mode="donot_use_mm_for_euclid_dist",
+            )
+            distance = distance.masked_fill(~valid[first:last], float("inf"))
+            distance, index = distance.topk(min(self.topk, len(anchors_i)), dim=1, largest=False)
+            indices.append(index + first)
+            distances.append(distance)
+            first = last
+        return torch.cat(indices, dim=1), torch.cat(distances, dim=1).isfinite()
+
+
+def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:
+    """Mean + unbiased standard deviation of each row's candidates, shape (M, K) -> (M, 1)."""
+    count = is_candidate.sum(dim=1, keepdim=True)
+    # The floors matter to boxes with at most one candidate: no spread.
+    mean = (iou * is_candidate).sum(dim=1, keepdim=True) / count.clamp(min=1)
+    squares = ((iou - mean).square() * is_candidate).sum(dim=1, keepdim=True)
+    return mean + (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def _best_box(index: Tensor, iou: Tensor, is_positive: Tensor, num_anchors: int) -> Tensor:
+    """
+    Resolve conflicts: the box of highest IoU for each anchor, the first of equals, or -1.
+
+    Args:
+        index: shape (M, K), int64 in [0, R), the anchor of each (box, candidate) pair.
+        iou, is_positive: shape (M, K).
+
+    Returns:
+        Tensor: shape (R,), int64 in [-1, M).
+    """
+    num_boxes = len(index)
+    index, iou, is_positive = index.flatten(), iou.flatten(), is_positive.flatten()
+    box = torch.arange(num_boxes, device=index.device).repeat_interleave(len(index) // num_boxes)
+
+    iou = torch.where(is_positive, iou, -torch.ones_like(iou))
+    best_iou = iou.new_full((num_anchors,), -1).scatter_reduce(0, index, iou, "amax")
+    is_best = is_positive & (iou == best_iou[index])
+    box = torch.where(is_best, box, num_boxes)
+    first_best = index.new_full((num_anchors,), num_boxes).scatter_reduce(0, index, box, "amin")
+    return torch.where(first_best < num_boxes, first_best, -1)

@@ -1,0 +1,77 @@
+"""Deformable convolutions that need no Detectron2 extension."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from detectron2.layers import DeformConv, ModulatedDeformConv
+from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+__all__ = ["DeformConv2d", "use_torchvision_deform_conv"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class DeformConv2d(nn.Module):
+    """
+    What :class:`detectron2.layers.DeformConv` and :class:`ModulatedDeformConv` compute, with the
+    same parameter names, by torchvision's operator, which runs on CPU and GPU.
+    """
+
+    def __init__(self, conv: DeformConv | ModulatedDeformConv):
+        """
+        Args:
+            conv: takes its parameters, normalization and settings from here.
+        """
+        super().__init__()
+        self.weight = conv.weight
+        self.bias = getattr(conv, "bias", None)
+        self.norm = conv.norm
+        self.activation = conv.activation
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.dilation = conv.dilation
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: shape (N, C, H, W).
+            offset: shape (N, 2 * groups * kernel_h * kernel_w, H', W'), (y, x) of each tap.
+            mask: shape (N, groups * kernel_h * kernel_w, H', W'), factor of each tap in [0, 1];
+                None for the plain, non-modulated layer.
+
+        Returns:
+            Tensor: shape (N, C', H', W').
+        """
+        x = deform_conv2d(
+            x,
+            # Autocast leaves the inputs in different types, which the operator refuses.
+            offset.to(x.dtype),
+            self.weight.to(x.dtype),
+            None if self.bias is None else self.bias.to(x.dtype),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            mask=None if mask is None else mask.to(x.dtype),
+        )
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+def use_torchvision_deform_conv(model: Module) -> Module:
+    """
+    Replace the convolution of every deformable bottleneck in ``model``, in place, by
+    :class:`DeformConv2d`. Names and values of parameters stay.
+
+    Returns:
+        the same model.
+    """
+    for module in model.modules():
+        if isinstance(module, DeformBottleneckBlock):
+            module.conv2 = DeformConv2d(module.conv2)
+    return model

@@ -1,0 +1,383 @@
+"""The GFL meta-architecture: assignment, losses and post-processing around the dense head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import batched_nms, cat
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from ..config import check_gfl_config
+from ..errors import InputError
+from .assigner import ATSSAssigner
+from .box_distribution import bbox_to_distance, distance_to_bbox, full_precision, integral
+from .distributed import all_reduce_mean
+from .head import GFLHead
+from .losses import aligned_iou, distribution_focal_loss, giou_loss, quality_focal_loss
+
+__all__ = ["GFL"]
+
+# How far DFL targets stay below the last bin, as in the reference implementation.
+_DFL_TARGET_MARGIN = 0.1
+
+
+@META_ARCH_REGISTRY.register()
+class GFL(DenseDetector):
+    """
+    Generalized Focal Loss (Li et al., NeurIPS 2020): a dense detector whose class scores are
+    trained to be the IoU of the predicted box (QFL), and whose box sides are predicted as
+    distributions (DFL).
+
+    Shapes: N images, R locations over all levels, C classes, n = ``reg_max``, P positive
+    locations over all images. Boxes are XYXY in pixels of the network input, distances in strides.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: GFLHead,
+        head_in_features: list[str],
+        anchor_generator: DefaultAnchorGenerator,
+        assigner: ATSSAssigner,
+        qfl_beta: float = 2.0,
+        loss_qfl_weight: float = 1.0,
+        loss_bbox_weight: float = 2.0,
+        loss_dfl_weight: float = 0.25,
+        box_normalizer_min: float = 1.0,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ):
+        """
+        Args:
+            backbone: gives the feature pyramid.
+            head: predicts class logits and box distributions on each level.
+            head_in_features: names of the backbone's features that the head takes, from high to
+                low resolution.
+            anchor_generator: one square anchor per location.
+            assigner: called with the anchors of each level, the ground-truth boxes of an image
+                and a mask of valid anchors, gives the index of the box of each anchor, or -1.
+            qfl_beta: exponent of the modulating factor of QFL.
+            loss_qfl_weight, loss_bbox_weight, loss_dfl_weight: weights of the three losses.
+            box_normalizer_min: lower bound of the normalizer of the box losses.
+            test_score_thresh: only (location, class) pairs that score higher are kept.
+            test_topk_candidates: best pairs kept on each level before NMS.
+            test_nms_thresh: IoU above which NMS suppresses a box of the same class.
+            max_detections_per_image: best detections kept after NMS.
+            pixel_mean, pixel_std: per channel, in the order of the input images.
+        """
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.num_classes = head.num_classes
+        self.reg_max = head.reg_max
+        self.anchor_generator = anchor_generator
+        self.assigner = assigner
+
+        self.qfl_beta = qfl_beta
+        self.loss_qfl_weight = loss_qfl_weight
+        self.loss_bbox_weight = loss_bbox_weight
+        self.loss_dfl_weight = loss_dfl_weight
+        self.box_normalizer_min = box_normalizer_min
+
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+
+    @classmethod
+    def from_config(cls, cfg):
+        check_gfl_config(cfg)
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        missing = [name for name in cfg.MODEL.GFL.IN_FEATURES if name not in shapes]
+        if missing:
+            raise InputError(
+                f"MODEL.GFL.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME "
+                f"{cfg.MODEL.BACKBONE.NAME!r} gives {sorted(shapes)}"
+            )
+        feature_shapes = [shapes[name] for name in cfg.MODEL.GFL.IN_FEATURES]
+        strides = [shape.stride for shape in feature_shapes]
+        if len({shape.channels for shape in feature_shapes}) > 1:
+            raise InputError(
+                "The features of MODEL.GFL.IN_FEATURES need the same number of channels, got "
+                f"{[shape.channels for shape in feature_shapes]}"
+            )
+        return {
+            "backbone": backbone,
+            "head": GFLHead(cfg, feature_shapes),
+            "head_in_features": list(cfg.MODEL.GFL.IN_FEATURES),
+            "anchor_generator": DefaultAnchorGenerator(
+                sizes=[[cfg.MODEL.GFL.ANCHOR_SCALE * stride] for stride in strides],
+                aspect_ratios=[1.0],
+                strides=strides,
+                offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            ),
+            "assigner": ATSSAssigner(topk=cfg.MODEL.GFL.ATSS_TOPK),
+            "qfl_beta": cfg.MODEL.GFL.QFL_BETA,
+            "loss_qfl_weight": cfg.MODEL.GFL.LOSS_QFL_WEIGHT,
+            "loss_bbox_weight": cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
+            "loss_dfl_weight": cfg.MODEL.GFL.LOSS_DFL_WEIGHT,
+            "box_normalizer_min": cfg.MODEL.GFL.BOX_NORMALIZER_MIN,
+            "test_score_thresh": cfg.MODEL.GFL.SCORE_THRESH_TEST,
+            "test_topk_candidates": cfg.MODEL.GFL.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": cfg.MODEL.GFL.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            images: the batch.
+            features: L feature maps.
+            predictions: of :class:`GFLHead` for them.
+            gt_instances: N Instances with ``gt_boxes`` and ``gt_classes``.
+
+        Returns:
+            dict[str, Tensor]: ``loss_qfl``, ``loss_bbox``, ``loss_dfl``, weighted scalars.
+        """
+        anchors = self.anchor_generator(features)
+        valid = self._valid_locations(features, images.image_sizes)
+        matched = [
+            self.assigner(anchors, gt.gt_boxes, valid_i) for gt, valid_i in zip(gt_instances, valid)
+        ]
+        logits, distributions = self._flatten_predictions(predictions)
+        return self.losses(anchors, logits, distributions, gt_instances, torch.stack(matched), valid)
+
+    def _flatten_predictions(
+        self, predictions: tuple[list[Tensor], list[Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Per-level maps -> float32 of shape (N, R, C) and (N, R, 4 * (n + 1))."""
+        per_level = self._transpose_dense_predictions(
+            predictions, [self.num_classes, 4 * (self.reg_max + 1)]
+        )
+        logits, distributions = (full_precision(cat(levels, dim=1)) for levels in per_level)
+        return logits, distributions
+
+    def _valid_locations(
+        self, features: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """
+        Locations that belong to an image, rather than to what pads it to the size of the batch.
+        Padding up to a multiple of the backbone's size divisibility counts as the image's own,
+        as it is there whatever the batch.
+
+        Returns:
+            Tensor: shape (N, R), bool.
+        """
+        multiple = max(self.backbone.size_divisibility, 1)
+        masks = []
+        for feature, stride in zip(features, self.anchor_generator.strides):
+            height, width = feature.shape[-2:]
+            mask = torch.zeros(
+                (len(image_sizes), height, width), dtype=torch.bool, device=feature.device
+            )
+            for mask_i, size in zip(mask, image_sizes):
+                rows, columns = (
+                    math.ceil(math.ceil(side / multiple) * multiple / stride) for side in size
+                )
+                mask_i[:rows, :columns] = True
+            masks.append(mask.flatten(1))
+        return torch.cat(masks, dim=1)
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        logits: Tensor,
+        distributions: Tensor,
+        gt_instances: list[Instances],
+        matched: Tensor,
+        valid: Tensor,
+    ) -> dict[str, Tensor]:
+        """
+        QFL over all valid locations, divided by the number of positives; GIoU loss and DFL over
+        the positives, weighted by their best score and divided by the sum of these weights. Both
+        divisors are averaged over the processes.
+
+        Args:
+            anchors: per level.
+            logits: shape (N, R, C).
+            distributions: shape (N, R, 4 * (n + 1)), logits.
+            gt_instances: N Instances with ``gt_boxes`` and ``gt_classes``.
+            matched: shape (N, R), int64, index of the ground-truth box of each location, or -1.
+            valid: shape (N, R), bool. Other locations have no loss.
+
+        Returns:
+            dict[str, Tensor]: as :meth:`forward_training`. Finite, and connected to every
+            prediction, also where there is no positive or no ground truth at all.
+        """
+        centers, strides = _centers_and_strides(anchors, self.anchor_generator.strides)
+        image, location = (matched >= 0).nonzero(as_tuple=True)  # (P,) each
+        gt_boxes, gt_classes = _matched_ground_truth(gt_instances, matched, image, location)
+
+        # From here to the losses boxes are in strides of their level.
+        pos_centers = centers[location] / strides[location, None]
+        pos_gt_boxes = gt_boxes / strides[location, None]
+        pos_distributions = distributions[image, location]
+        pos_boxes = distance_to_bbox(pos_centers, integral(pos_distributions, self.reg_max))
+        pos_quality = aligned_iou(pos_boxes.detach(), pos_gt_boxes)
+        pos_weights = logits.detach()[image, location].amax(dim=1).sigmoid()
+        distances = bbox_to_distance(pos_centers, pos_gt_boxes)
+
+        labels = torch.full_like(matched, self.num_classes)
+        labels[image, location] = gt_classes
+        quality = torch.zeros_like(logits[..., 0])
+        quality[image, location] = pos_quality
+
+        num_pos = (matched >= 0).sum(dim=1)
+        num_pos_norm, box_norm = all_reduce_mean(
+            torch.stack((num_pos.clamp(min=1).sum().to(pos_weights), pos_weights.sum()))
+        ).unbind()
+        box_norm = box_norm.clamp(min=self.box_normalizer_min)
+        self._log_positives(num_pos, pos_quality, distances)
+
+        # Indexing by the mask, not multiplying with it: an infinite logit in the padding times
+        # zero would be NaN.
+        loss_qfl = quality_focal_loss(
+            logits[valid], labels[valid], quality[valid], beta=self.qfl_beta, reduction="sum"
+        )
+        loss_bbox = giou_loss(pos_boxes, pos_gt_boxes)
+        loss_dfl = distribution_focal_loss(
+            pos_distributions.reshape(-1, self.reg_max + 1),
+            distances.clamp(min=0, max=self.reg_max - _DFL_TARGET_MARGIN).flatten(),
+        ).view(-1, 4)
+        return {
+            "loss_qfl": self.loss_qfl_weight * loss_qfl / num_pos_norm,
+            "loss_bbox": self.loss_bbox_weight * (pos_weights * loss_bbox).sum() / box_norm,
+            "loss_dfl": self.loss_dfl_weight
+            * (pos_weights * loss_dfl.mean(dim=1)).sum()
+            / box_norm,
+        }
+
+    @torch.no_grad()
+    def _log_positives(self, num_pos: Tensor, quality: Tensor, distances: Tensor) -> None:
+        """
+        Put in the event storage what tells whether training goes well: positives per image, their
+        mean quality, and the fraction of their box sides beyond the range of the distribution. If
+        the last is not small, objects are too large for ``MODEL.GFL.REG_MAX`` strides.
+        """
+        is_beyond = (distances > self.reg_max).float()
+        num_sides = max(is_beyond.numel(), 1)
+        storage = get_event_storage()
+        storage.put_scalar("gfl/num_pos_per_image", num_pos.float().mean())
+        storage.put_scalar("gfl/pos_quality", quality.sum() / max(len(quality), 1))
+        storage.put_scalar("gfl/frac_sides_beyond_reg_max", is_beyond.sum() / num_sides)
+
+    def forward_inference(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+    ) -> list[Instances]:
+        """
+        Args:
+            images: the batch.
+            features: L feature maps.
+            predictions: of :class:`GFLHead` for them.
+
+        Returns:
+            list[Instances]: per image ``pred_boxes`` (pixels of the network input), ``scores`` and
+            ``pred_classes``, by descending score.
+        """
+        anchors = self.anchor_generator(features)
+        logits, distributions = self._transpose_dense_predictions(
+            predictions, [self.num_classes, 4 * (self.reg_max + 1)]
+        )
+        return [
+            self._inference_single_image(
+                anchors, [x[i] for x in logits], [x[i] for x in distributions], image_size
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]
+
+    def _inference_single_image(
+        self,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        distributions: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """
+        Args:
+            anchors: per level.
+            logits: per level, shape (Ri, C).
+            distributions: per level, shape (Ri, 4 * (n + 1)).
+            image_size: (height, width) that boxes are clipped to.
+        """
+        levels = zip(anchors, self.anchor_generator.strides, logits, distributions)
+        candidates = [self._decode_candidates(*level) for level in levels]
+        boxes, scores, classes = (cat(parts) for parts in zip(*candidates))
+        boxes = Boxes(boxes)
+        boxes.clip(image_size)
+        # Boxes that lay in the padding have no area left.
+        result = Instances(image_size, pred_boxes=boxes, scores=scores, pred_classes=classes)
+        result = result[boxes.nonempty()]
+        keep = batched_nms(
+            result.pred_boxes.tensor, result.scores, result.pred_classes, self.test_nms_thresh
+        )
+        return result[keep[: self.max_detections_per_image]]
+
+    def _decode_candidates(
+        self, anchors: Boxes, stride: int, logits: Tensor, distributions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Select the best (location, class) pairs of one level and decode their boxes.
+
+        Args:
+            logits: shape (Ri, C).
+            distributions: shape (Ri, 4 * (n + 1)).
+
+        Returns:
+            boxes (Tensor), scores (Tensor), classes (Tensor): shapes (K, 4), (K,) and (K,), by
+            descending score.
+        """
+        scores = full_precision(logits).sigmoid().flatten()
+        (index,) = (scores > self.test_score_thresh).nonzero(as_tuple=True)
+        scores, order = scores[index].topk(min(len(index), self.test_topk_candidates))
+        index = index[order]
+        location = index.div(self.num_classes, rounding_mode="floor")
+        distances = integral(distributions[location], self.reg_max) * stride
+        boxes = distance_to_bbox(anchors.get_centers()[location], distances)
+        return boxes, scores, index % self.num_classes
+
+
+def _centers_and_strides(anchors: list[Boxes], strides: list[int]) -> tuple[Tensor, Tensor]:
+    """Centres (R, 2) and strides (R,) of all locations, in pixels."""
+    centers = Boxes.cat(anchors).get_centers()
+    per_location = [
+        centers.new_full((len(anchors_i),), stride) for anchors_i, stride in zip(anchors, strides)
+    ]
+    return centers, torch.cat(per_location)
+
+
+def _matched_ground_truth(
+    gt_instances: list[Instances], matched: Tensor, image: Tensor, location: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Boxes (P, 4) and classes (P,) of the ground truth matched to the positives."""
+    boxes = torch.cat([gt.gt_boxes.tensor for gt in gt_instances])
+    classes = torch.cat([gt.gt_classes for gt in gt_instances])
+    counts = torch.tensor([len(gt) for gt in gt_instances], device=matched.device)
+    first = counts.cumsum(dim=0) - counts  # of each image, in the concatenated ground truth
+    index = first[image] + matched[image, location]
+    return boxes[index], classes[index]

@@ -1,0 +1,118 @@
+"""The dense head of GFL."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from torch import Tensor, nn
+
+__all__ = ["GFLHead"]
+
+
+class GFLHead(nn.Module):
+    """
+    Two towers of 3x3 convolutions, shared by all levels, that predict for each location C class
+    logits, whose scores stand for class and localization quality at once, and 4 * (n + 1) logits
+    of the distributions of its distances to the left, top, right and bottom side of a box.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: list[ShapeSpec],
+        num_classes: int,
+        num_convs: int = 4,
+        conv_dim: int = 256,
+        norm: str = "GN",
+        prior_prob: float = 0.01,
+        reg_max: int = 16,
+    ):
+        """
+        Args:
+            input_shape: the feature of each level; all need the same number of channels.
+            num_classes: C.
+            num_convs: convolutions per tower.
+            conv_dim: channels of the towers.
+            norm: normalization in the towers, see :func:`detectron2.layers.get_norm`.
+            prior_prob: score of every class at initialization.
+            reg_max: n, the last bin of the distributions.
+
+        Raises:
+            ValueError: the levels differ in channels.
+        """
+        super().__init__()
+        in_channels = {shape.channels for shape in input_shape}
+        if len(in_channels) != 1:
+            raise ValueError(f"All levels need the same number of channels, got {in_channels}")
+        self.num_classes = num_classes
+        self.reg_max = reg_max
+
+        dims = [in_channels.pop()] + [conv_dim] * num_convs
+        self.cls_subnet = _tower(dims, norm)
+        self.bbox_subnet = _tower(dims, norm)
+        self.cls_score = nn.Conv2d(dims[-1], num_classes, kernel_size=3, padding=1)
+        self.bbox_pred = nn.Conv2d(dims[-1], 4 * (reg_max + 1), kernel_size=3, padding=1)
+        # One factor per level, on the logits of the distributions.
+        self.scales = nn.Parameter(torch.ones(len(input_shape)))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.GFL.NUM_CLASSES,
+            "num_convs": cfg.MODEL.GFL.NUM_CONVS,
+            "conv_dim": cfg.MODEL.GFL.CONV_DIM,
+            "norm": cfg.MODEL.GFL.NORM,
+            "prior_prob": cfg.MODEL.GFL.PRIOR_PROB,
+            "reg_max": cfg.MODEL.GFL.REG_MAX,
+        }
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        Args:
+            features: one tensor of shape (N, channels, Hi, Wi) per level.
+
+        Returns:
+            logits (list[Tensor]): per level, shape (N, C, Hi, Wi).
+            distributions (list[Tensor]): per level, shape (N, 4 * (n + 1), Hi, Wi), logits; the
+                n + 1 bins of left come first, then top, right, bottom.
+
+        Raises:
+            ValueError: another number of levels than the head was built for.
+        """
+        if len(features) != len(self.scales):
+            raise ValueError(f"Expected {len(self.scales)} levels, got {len(features)}")
+        logits, distributions = [], []
+        for feature, scale in zip(features, self.scales):
+            logits.append(self.cls_score(self.cls_subnet(feature)))
+            distributions.append(self.bbox_pred(self.bbox_subnet(feature)) * scale)
+        return logits, distributions
+
+
+def _tower(dims: list[int], norm: str) -> nn.Sequential:
+    """3x3 convolution, normalization and ReLU for each consecutive pair of ``dims``."""
+    return nn.Sequential(
+        *(
+            Conv2d(
+                in_dim,
+                out_dim,
+                kernel_size=3,
+                padding=1,
+                bias=not norm,
+                norm=get_norm(norm, out_dim),
+                activation=nn.ReLU(inplace=True),
+            )
+            for in_dim, out_dim in zip(dims, dims[1:])
+        )
+    )

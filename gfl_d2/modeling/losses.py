@@ -1,0 +1,134 @@
+"""
+Losses of Generalized Focal Loss, as stateless functions.
+
+Shapes: R locations, C classes, n + 1 bins. Half-precision inputs are computed in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .box_distribution import full_precision
+
+__all__ = ["aligned_iou", "distribution_focal_loss", "giou_loss", "quality_focal_loss"]
+
+# Lower bound of the areas that IoUs are divided by, as in the reference implementation.
+_MIN_AREA = 1e-6
+
+
+def quality_focal_loss(
+    logits: Tensor, labels: Tensor, quality: Tensor, beta: float = 2.0, reduction: str = "none"
+) -> Tensor:
+    """
+    Quality Focal Loss (GFL paper, eq. 5): ``|y - sigma|^beta * BCE(sigma, y)`` for each class,
+    sigma = sigmoid(logit), where y is the quality at the labelled class and 0 at every other.
+    With qualities of 0 and 1 it is the focal loss with gamma = beta and no alpha.
+
+    Args:
+        logits: shape (R, C).
+        labels: shape (R,), int64 in [0, C]; C is background.
+        quality: shape (R,), in [0, 1]: IoU of the predicted with the ground-truth box. Not used
+            where the label is background.
+        beta: exponent of the modulating factor, 0 or >= 1. The factor takes part in the gradient.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        Tensor: shape (R, C), or a scalar if reduced.
+
+    Raises:
+        ValueError: unknown ``reduction``.
+    """
+    logits = full_precision(logits)
+    num_locations, num_classes = logits.shape
+    # The column of the background class takes what is not used.
+    target = logits.new_zeros(num_locations, num_classes + 1)
+    target = target.scatter_(1, labels[:, None], quality.to(logits)[:, None])[:, :num_classes]
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    loss = (target - logits.sigmoid()).abs().pow(beta) * loss
+    return _reduce(loss, reduction)
+
+
+def distribution_focal_loss(logits: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
+    """
+    Distribution Focal Loss (GFL paper, eq. 6): for y_i <= y <= y_{i+1},
+    ``-((y_{i+1} - y) * log S_i + (y - y_i) * log S_{i+1})`` with S the softmax of the logits.
+
+    Args:
+        logits: shape (R, n + 1), one box side of a location each.
+        target: shape (R,), continuous, in bins, in [0, n].
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        Tensor: shape (R,), or a scalar if reduced.
+
+    Raises:
+        ValueError: unknown ``reduction``.
+    """
+    log_probs = F.log_softmax(full_precision(logits), dim=-1)
+    target = target.to(log_probs)
+    # A target of exactly n belongs to the last interval, [n - 1, n].
+    left = target.floor().long().clamp(max=logits.shape[1] - 2)
+    weight_right = target - left
+    log_left, log_right = log_probs.gather(1, torch.stack((left, left + 1), dim=1)).unbind(dim=1)
+    return _reduce(-((1 - weight_right) * log_left + weight_right * log_right), reduction)
+
+
+def giou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
+    """
+    1 - generalized IoU (Rezatofighi et al., CVPR 2019) of boxes paired by position. Unlike
+    fvcore's, denominators have a floor instead of an added epsilon: identical boxes of any size
+    have a loss of exactly 0.
+
+    Args:
+        boxes, target: shape (R, 4), XYXY in any common unit. The gradient flows to both.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        Tensor: shape (R,), in [0, 2], or a scalar if reduced.
+
+    Raises:
+        ValueError: unknown ``reduction``.
+    """
+    boxes, target = full_precision(boxes), full_precision(target)
+    iou, union = _iou_and_union(boxes, target)
+    left_top = torch.min(boxes[:, :2], target[:, :2])
+    right_bottom = torch.max(boxes[:, 2:], target[:, 2:])
+    enclosing = _area(left_top, right_bottom).clamp(min=_MIN_AREA)
+    return _reduce(1 - (iou - (enclosing - union) / enclosing), reduction)
+
+
+def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """
+    IoU of boxes paired by position.
+
+    Args:
+        boxes1, boxes2: shape (..., 4), broadcastable, XYXY in any common unit.
+
+    Returns:
+        Tensor: shape (...), in [0, 1]; 0 where both boxes have no area.
+    """
+    return _iou_and_union(full_precision(boxes1), full_precision(boxes2))[0]
+
+
+def _iou_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    left_top = torch.max(boxes1[..., :2], boxes2[..., :2])
+    right_bottom = torch.min(boxes1[..., 2:], boxes2[..., 2:])
+    intersection = _area(left_top, right_bottom)
+    area1, area2 = (_area(boxes[..., :2], boxes[..., 2:]) for boxes in (boxes1, boxes2))
+    union = (area1 + area2 - intersection).clamp(min=_MIN_AREA)
+    return intersection / union, union
+
+
+def _area(left_top: Tensor, right_bottom: Tensor) -> Tensor:
+    width, height = (right_bottom - left_top).clamp(min=0).unbind(dim=-1)
+    return width * height
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if reduction == "mean":
+        return loss.mean()
+    if reduction == "sum":
+        return loss.sum()
+    raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")

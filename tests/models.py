@@ -1,0 +1,70 @@
+"""Small models for tests."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import Backbone
+from gfl_d2.modeling import GFL, ATSSAssigner, GFLHead
+
+STRIDES = (8, 16, 32, 64, 128)
+NAMES = tuple(f"p{i}" for i in range(3, 8))
+
+
+class GivenFeatures(Backbone):
+    """A backbone that gives the features it was made with, whatever the image."""
+
+    def __init__(self, features: list[torch.Tensor], size_divisibility: int = 32):
+        super().__init__()
+        self.features = features
+        self._size_divisibility = size_divisibility
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
+
+    def output_shape(self):
+        return {
+            name: ShapeSpec(channels=feature.shape[1], stride=stride)
+            for name, feature, stride in zip(NAMES, self.features, STRIDES)
+        }
+
+    def forward(self, x):
+        return dict(zip(NAMES, self.features))
+
+
+def gfl_on_features(
+    features: list[torch.Tensor],
+    *,
+    num_classes: int,
+    num_convs: int = 4,
+    conv_dim: int = 64,
+    reg_max: int = 16,
+    **kwargs,
+) -> GFL:
+    """GFL on given features; ``kwargs`` go to :class:`GFL`."""
+    backbone = GivenFeatures(features)
+    shapes = backbone.output_shape()
+    names = list(shapes)
+    return GFL(
+        backbone=backbone,
+        head=GFLHead(
+            input_shape=[shapes[name] for name in names],
+            num_classes=num_classes,
+            num_convs=num_convs,
+            conv_dim=conv_dim,
+            reg_max=reg_max,
+        ),
+        head_in_features=names,
+        anchor_generator=DefaultAnchorGenerator(
+            sizes=[[8 * shapes[name].stride] for name in names],
+            aspect_ratios=[1.0],
+            strides=[shapes[name].stride for name in names],
+            offset=0.0,
+        ),
+        assigner=ATSSAssigner(topk=9),
+        pixel_mean=[0.0, 0.0, 0.0],
+        pixel_std=[1.0, 1.0, 1.0],
+        **kwargs,
+    )

@@ -1,0 +1,26 @@
+"""Access to the arrays in ``tests/reference/``: what the reference implementation computes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def load(name: str) -> "dict[str, torch.Tensor]":
+    """All arrays of a file as tensors, by key."""
+    with np.load(REFERENCE / f"{name}.npz", allow_pickle=False) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def case(arrays: "dict[str, torch.Tensor]", name: str) -> "dict[str, torch.Tensor]":
+    """The arrays of one case, by what follows ``name/``."""
+    return {key[len(name) + 1 :]: a for key, a in arrays.items() if key.startswith(name + "/")}
+
+
+def assert_close_to_largest(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Largest difference relative to the largest magnitude of ``expected``."""
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    assert error <= tolerance, f"relative error {error:.2e}"

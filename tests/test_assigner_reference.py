@@ -1,0 +1,46 @@
+"""ATSS assignment against the reference implementation: exactly equal."""
+
+import pytest
+import torch
+from detectron2.structures import Boxes
+from gfl_d2.modeling import ATSSAssigner
+from reference_data import case, load
+
+CASES = [
+    "border",
+    "crowded",
+    "duplicate",
+    "empty",
+    "huge",
+    "mid_mixed",
+    "normal",
+    "padded",
+    "padded_crowded",
+    "small_crowded",
+    "small_mixed",
+    "thin",
+    "tiny",
+    "very_small",
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_assignment(name):
+    arrays = load("atss_assigner")
+    ref = case(arrays, name)
+    height, width = ref["padded_size"].tolist()
+    anchors = case(arrays, f"anchors/{height}x{width}")
+    anchors = [Boxes(anchors[f"l{i}"]) for i in range(len(anchors))]
+
+    assigned = ATSSAssigner(topk=9)(anchors, Boxes(ref["gt_boxes"]), ref["valid"])
+
+    assert assigned.dtype == torch.int64
+    # The reference writes -2 where an anchor is not valid.
+    assert torch.equal(assigned, ref["assigned_gt"].clamp(min=-1))
+    counts = torch.bincount(assigned[assigned >= 0], minlength=len(ref["gt_boxes"]))
+    assert torch.equal(counts, ref["num_pos_per_gt"])
+
+
+def test_cases_are_complete():
+    names = {key.split("/")[0] for key in load("atss_assigner")} - {"anchors"}
+    assert names == set(CASES)
