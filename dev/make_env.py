@@ -224,8 +224,9 @@ def install_packages(venv):
 def install_detectron2(venv, source):
     pip(venv, "uninstall", "-qq", "-y", "detectron2")
     # What an interrupted installation left: an old extension would hide the stand-in.
-    for path in venv.glob("lib/python*/site-packages/*etectron2*"):
-        shutil.rmtree(path)
+    for name in ("[d~]etectron2", "[d~]etectron2-*.dist-info"):
+        for path in venv.glob(f"lib/python*/site-packages/{name}"):
+            shutil.rmtree(path)
     if source["requirement"] is None:
         say(f"Installing Detectron2 {SDIST_VERSION} from PyPI, without its C++ extension")
         install_from_pypi(venv)
