@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def load(path, name="loaded"):
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -55,21 +55,23 @@ class TestSubstitutions:
         make_env.substitute(tmp_path, [PILLOW])
         assert path.read_text() == "Image.BILINEAR, Image.LINEAR_2, Image.BILINEAR\n"
 
-    def test_model_zoo_resources_are_found(self, tmp_path):
+    def test_model_zoo_resources_are_found(self, tmp_path, monkeypatch):
         path = write(
             tmp_path,
             RESOURCES_USE[0],
             "import os\n"
             "import pkg_resources\n"
             "found = pkg_resources.resource_filename(\n"
-            '    "detectron2.model_zoo", os.path.join("configs", "COCO-Detection")\n'
+            '    "detectron2.model_zoo", os.path.join("configs", "folder/a.yaml")\n'
             ")\n",
         )
         make_env.substitute(tmp_path, [RESOURCES_IMPORT, RESOURCES_USE])
         assert "pkg_resources" not in path.read_text()
+        name = "detectron2.model_zoo"
+        package = load(write(tmp_path, "model_zoo/__init__.py", ""), name)
+        monkeypatch.setitem(sys.modules, name, package)
         found = runpy.run_path(str(path))["found"]
-        assert isinstance(found, str)
-        assert (Path(found) / "retinanet_R_50_FPN_1x.yaml").is_file()
+        assert found == str(tmp_path / "model_zoo" / "configs" / "folder" / "a.yaml")
 
     def test_caffe2_line(self, tmp_path):
         path = write(tmp_path, CAFFE2[0], "from .api import *\nfrom .flatten import A\n")
