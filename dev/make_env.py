@@ -238,7 +238,7 @@ def install_detectron2(venv, source):
 def install_checkout(venv):
     say("Installing gfl_d2 in editable mode, and checking that Detectron2 loads")
     pip(venv, "install", "-q", "--no-deps", "--no-build-isolation", "-e", ROOT)
-    run(venv_python(venv), "-I", "-c", SMOKE_TEST)
+    run(venv_python(venv), "-I", "-W", "ignore", "-c", SMOKE_TEST)
 
 
 def read_state(venv):
