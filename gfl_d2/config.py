@@ -19,6 +19,10 @@ def add_gfl_config(cfg: CN) -> None:
     # Needs TEST.EVAL_PERIOD > 0.
     _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
 
+    # Train under autocast to bfloat16, on a CPU or GPU that has it. Needs no gradient scaling, unlike
+    # SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
+    _C.SOLVER.BF16 = False
+
     _C.MODEL.GFL = CN()
     # Number of foreground classes, >= 1.
     _C.MODEL.GFL.NUM_CLASSES = 80

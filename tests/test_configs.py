@@ -1,0 +1,197 @@
+"""Configs: every file builds, values are checked, sizes of the published models are right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from fvcore.nn import FlopCountAnalysis
+from gfl_d2 import add_gfl_config
+from gfl_d2.errors import InputError
+from gfl_d2.modeling import GFL
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml") if not p.stem.startswith("Base"))
+PUBLISHED = json.loads((Path(__file__).parent / "complexity.json").read_text())
+
+
+def load(name: str, *opts):
+    cfg = get_cfg()
+    add_gfl_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *opts])
+    return cfg
+
+
+def small(*opts):
+    """A quick model."""
+    return load("gfl_R_18_FPN_bccd_reference", "MODEL.FPN.OUT_CHANNELS", 32,
+                "MODEL.GFL.CONV_DIM", 32, "MODEL.GFL.NUM_CONVS", 1, *opts)  # fmt: skip
+
+
+class BackboneAndHead(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        features = self.model.backbone(images)
+        return self.model.head([features[name] for name in self.model.head_in_features])
+
+
+def count_deform_conv_macs(inputs, outputs):
+    weight = inputs[1].type().sizes()
+    n, _, height, width = outputs[0].type().sizes()
+    return n * height * width * weight[0] * weight[1] * weight[2] * weight[3]
+
+
+def count_macs(model, height, width):
+    """Multiply-accumulates of the convolutions for one image."""
+    count = FlopCountAnalysis(BackboneAndHead(model).eval(), torch.zeros(1, 3, height, width))
+    count.unsupported_ops_warnings(False)
+    count.set_op_handle("torchvision::deform_conv2d", count_deform_conv_macs)
+    by_operator = count.by_operator()
+    return by_operator["conv"] + by_operator["deform_conv2d"]
+
+
+def count_parameters(model):
+    """Parameters, with the scale and shift of frozen BatchNorm, which Detectron2 has as buffers."""
+    affine = (
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith(("norm.weight", "norm.bias"))
+    )
+    return sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in affine)
+
+
+def test_published_models_are_all_there():
+    assert set(PUBLISHED) <= set(CONFIGS)
+    assert len(PUBLISHED) == 6
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_complexity(name):
+    model = build_model(load(name))
+    golden = PUBLISHED[name]
+    assert count_parameters(model) == golden["parameters"]
+    assert count_macs(model, 256, 256) == golden["macs_256x256"]
+    if "_DCN" in name:  # as many as the plain model's, and those that predict offsets
+        assert golden["macs_256x256"] > PUBLISHED[name.replace("_DCN", "")]["macs_256x256"]
+
+
+def test_complexity_of_the_paper():
+    """R-50 at 1280x800: 207.6 GMACs and 32.44 M parameters."""
+    model = build_model(load("gfl_R_50_FPN_1x"))
+    assert round(count_parameters(model) / 1e6, 2) == 32.44
+    assert round(count_macs(model, 800, 1280) / 1e9, 1) == 207.6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_schedule(name):
+    """Learning-rate drops come in order and before the end."""
+    solver = load(name).SOLVER
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        steps = list(solver.STEPS)
+        assert steps == sorted(steps)
+        assert solver.WARMUP_ITERS < steps[0]
+        assert steps[-1] < solver.MAX_ITER
+
+
+def test_schedules_of_the_published_models():
+    """Iterations and drops, and the range of the short side."""
+    for name in PUBLISHED:
+        cfg = load(name)
+        assert cfg.SOLVER.IMS_PER_BATCH == 16
+        assert cfg.SOLVER.BASE_LR == 0.01
+        if name.endswith("_1x"):
+            assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (90000, (60000, 80000))
+            assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+        else:
+            assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (180000, (120000, 160000))
+            assert cfg.INPUT.MIN_SIZE_TRAIN == (480, 800)
+            assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+        assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST) == (1333, 800)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("NUM_CLASSES", 0),
+        ("IN_FEATURES", []),
+        ("IN_FEATURES", ["p3", "p9"]),
+        ("NUM_CONVS", -1),
+        ("CONV_DIM", 48),
+        ("PRIOR_PROB", 1.0),
+        ("REG_MAX", 0),
+        ("ANCHOR_SCALE", 0.0),
+        ("ATSS_TOPK", 0),
+        ("QFL_BETA", 0.5),
+        ("LOSS_QFL_WEIGHT", -1.0),
+        ("LOSS_BBOX_WEIGHT", -1.0),
+        ("LOSS_DFL_WEIGHT", -1.0),
+        ("BOX_NORMALIZER_MIN", 0.0),
+        ("SCORE_THRESH_TEST", 1.0),
+        ("TOPK_CANDIDATES_TEST", 0),
+        ("NMS_THRESH_TEST", 1.5),
+    ],
+)
+def test_bad_values_name_their_key(key, value):
+    with pytest.raises(InputError, match=f"MODEL.GFL.{key}"):
+        build_model(small(f"MODEL.GFL.{key}", value))
+
+
+def test_other_bad_values_name_their_key():
+    with pytest.raises(InputError, match="MODEL.ANCHOR_GENERATOR.OFFSET"):
+        build_model(small("MODEL.ANCHOR_GENERATOR.OFFSET", 1.0))
+    with pytest.raises(KeyError, match="MODEL.GFL.REGMAX"):
+        small("MODEL.GFL.REGMAX", 16)
+
+
+def test_values_reach_the_model():
+    model = build_model(
+        small(
+            *("MODEL.GFL.REG_MAX", 7, "MODEL.GFL.ANCHOR_SCALE", 6.0, "MODEL.GFL.ATSS_TOPK", 5),
+            *("MODEL.GFL.QFL_BETA", 2.5, "MODEL.GFL.PRIOR_PROB", 0.05, "MODEL.GFL.NORM", ""),
+            *("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "TEST.DETECTIONS_PER_IMAGE", 7),
+            *("MODEL.GFL.SCORE_THRESH_TEST", 0.3, "MODEL.GFL.NMS_THRESH_TEST", 0.4),
+        )
+    )
+    assert model.head.bbox_pred.out_channels == 4 * 8
+    assert model.assigner.topk == 5
+    assert model.qfl_beta == 2.5
+    assert model.head.cls_subnet[0].norm is None
+    torch.testing.assert_close(model.head.cls_score.bias.sigmoid(), torch.full((3,), 0.05))
+    assert (model.test_score_thresh, model.test_nms_thresh) == (0.3, 0.4)
+    assert model.max_detections_per_image == 7
+    anchors = model.anchor_generator([torch.zeros(1, 1, 2, 2)] * 5)
+    assert anchors[0].tensor[0].tolist() == [4 - 24, 4 - 24, 4 + 24, 4 + 24]
+
+
+@pytest.mark.parametrize(
+    ("name", "in_features"),
+    [
+        ("build_retinanet_resnet_fpn_backbone", ["p3", "p4", "p5", "p6", "p7"]),
+        ("build_resnet_fpn_backbone", ["p3", "p4", "p5", "p6"]),
+        ("build_gfl_resnet_fpn_backbone", ["p4", "p5"]),
+    ],
+)
+def test_any_pyramid_will_do(name, in_features):
+    cfg = small("MODEL.BACKBONE.NAME", name, "MODEL.GFL.IN_FEATURES", in_features)
+    model = build_model(cfg)
+    assert isinstance(model, GFL)
+    gt = Instances((64, 96))
+    gt.gt_boxes = Boxes(torch.tensor([[10.0, 8.0, 70.0, 60.0]]))
+    gt.gt_classes = torch.tensor([1])
+    inputs = [{"image": torch.rand(3, 64, 96) * 255, "instances": gt}]
+    with EventStorage():
+        losses = model.train()(inputs * 2)
+    assert all(loss.isfinite() for loss in losses.values())
+    with torch.no_grad():
+        assert "instances" in model.eval()(inputs)[0]

@@ -1,0 +1,244 @@
+"""The meta-architecture: properties of training and inference."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from models import STRIDES, gfl_on_features
+from torch.testing import assert_close
+
+SIZE = (128, 192)
+
+
+def make_features(num_images=2, size=SIZE, channels=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(num_images, channels, -(-size[0] // s), -(-size[1] // s), generator=generator)
+        for s in STRIDES
+    ]
+
+
+def make_model(features, **kwargs):
+    torch.manual_seed(0)
+    model = gfl_on_features(features, num_classes=3, num_convs=1, conv_dim=32, **kwargs)
+    # Scores that are neither all alike nor all below the threshold.
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
+    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.2)
+    torch.nn.init.constant_(model.head.cls_score.bias, -2.0)
+    return model
+
+
+def make_inputs(boxes_per_image, size=SIZE):
+    inputs = []
+    for boxes in boxes_per_image:
+        gt = Instances(size)
+        gt.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        gt.gt_classes = torch.arange(len(boxes)) % 3
+        inputs.append({"image": torch.zeros(3, *size), "instances": gt})
+    return inputs
+
+
+def train_losses(model, inputs):
+    with EventStorage() as storage:
+        losses = model.train()(inputs)
+    return losses, {key: value for key, (value, _) in storage.latest().items()}
+
+
+BOXES = [[10.3, 20.2, 80.1, 90.7], [60.0, 5.0, 188.0, 120.0], [100.5, 30.5, 140.2, 77.0]]
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [BOXES, BOXES[:1]],
+        [BOXES, []],
+        [[], []],
+        [[[50.2, 50.3, 50.6, 50.8]], []],  # smaller than a pixel: may have no positive
+        [[[-300.0, -300.0, 700.0, 700.0]], BOXES],
+        [BOXES * 2, [BOXES[0]] * 5],
+    ],
+)
+def test_losses_are_finite_and_reach_every_parameter(boxes):
+    features = [f.requires_grad_() for f in make_features()]
+    model = make_model(features)
+    losses, _ = train_losses(model, make_inputs(boxes))
+    assert set(losses) == {"loss_qfl", "loss_bbox", "loss_dfl"}
+    sum(losses.values()).backward()
+    for name, loss in losses.items():
+        assert loss.isfinite(), name
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert all(feature.grad is not None for feature in features)
+
+
+def test_each_loss_alone_reaches_its_branch_without_any_box():
+    """A process that never uses a parameter would hang distributed training."""
+    for name, branch in [("loss_bbox", "bbox_pred"), ("loss_dfl", "bbox_pred")]:
+        model = make_model(make_features())
+        losses, _ = train_losses(model, make_inputs([[], []]))
+        losses[name].backward()
+        assert getattr(model.head, branch).weight.grad is not None
+        assert losses[name] == 0
+
+
+def test_infinite_logit_in_the_padding_does_not_matter():
+    model = make_model(make_features(size=(256, 256)))
+    inputs = make_inputs([BOXES, BOXES])
+    inputs[0]["image"] = torch.zeros(3, 256, 256)  # the batch is larger than the second image
+    images = model.preprocess_image(inputs)
+    logits, distributions = model.head(model.backbone.features)
+    with EventStorage():
+        gt = [x["instances"] for x in inputs]
+        expected = model.forward_training(
+            images, model.backbone.features, (logits, distributions), gt
+        )
+        logits[0][1, :, -1, -1] = float("inf")
+        losses = model.forward_training(
+            images, model.backbone.features, (logits, distributions), gt
+        )
+    for name in losses:
+        assert torch.equal(losses[name], expected[name])
+
+
+def test_positives_are_logged():
+    """A box whose sides are all at least 950 px away, more than 4 strides of 128 px."""
+    inputs = make_inputs([[[-1000.0, -1000.0, 1200.0, 1100.0]], []])
+    for reg_max, frac_beyond in [(4, 1), (16, 0)]:  # its positives are on P7
+        _, logged = train_losses(make_model(make_features(), reg_max=reg_max), inputs)
+        assert logged["gfl/frac_sides_beyond_reg_max"] == frac_beyond
+        assert logged["gfl/num_pos_per_image"] > 0
+        assert 0 <= logged["gfl/pos_quality"] <= 1
+    _, logged = train_losses(make_model(make_features()), make_inputs([[], []]))
+    assert logged["gfl/num_pos_per_image"] == 0
+
+
+def test_box_normalizer_min():
+    """The floor binds while the positives' scores sum to less; it scales the box losses alone."""
+    inputs = make_inputs([BOXES[:1], []])
+    losses = {}
+    for floor in (1e-6, 1e3, 2e3):
+        model = make_model(make_features(), box_normalizer_min=floor)
+        losses[floor], _ = train_losses(model, inputs)
+    for name in ("loss_bbox", "loss_dfl"):
+        assert_close(losses[1e3][name], 2 * losses[2e3][name])
+        assert losses[1e-6][name] > losses[1e3][name]
+    assert torch.equal(losses[1e-6]["loss_qfl"], losses[1e3]["loss_qfl"])
+
+
+def test_loss_weights():
+    inputs = make_inputs([BOXES, BOXES[:1]])
+    plain, _ = train_losses(make_model(make_features()), inputs)
+    weighted = make_model(
+        make_features(), loss_qfl_weight=3.0, loss_bbox_weight=4.0, loss_dfl_weight=1.25
+    )
+    weighted, _ = train_losses(weighted, inputs)
+    for name, factor in [("loss_qfl", 3), ("loss_bbox", 2), ("loss_dfl", 5)]:
+        assert_close(weighted[name], factor * plain[name])
+
+
+@torch.no_grad()
+def test_batch_of_two_is_two_batches_of_one():
+    features = make_features()
+    both = make_model(features).eval()(make_inputs([BOXES, []]))
+    for i in range(2):
+        model = make_model([f[i : i + 1] for f in features]).eval()
+        (alone,) = model(make_inputs([BOXES]))
+        assert_same_detections(alone["instances"], both[i]["instances"])
+        assert len(alone["instances"]) > 0
+
+
+def assert_same_detections(a, b):
+    assert torch.equal(a.pred_classes, b.pred_classes)
+    assert_close(a.scores, b.scores)
+    assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=1e-3)  # pixels
+
+
+@torch.no_grad()
+def test_nothing_above_the_threshold():
+    model = make_model(make_features(), test_score_thresh=0.9999).eval()
+    for output in model(make_inputs([[], []])):
+        assert len(output["instances"]) == 0
+        assert output["instances"].pred_boxes.tensor.shape == (0, 4)
+
+
+@torch.no_grad()
+def test_detections_are_plausible():
+    model = make_model(make_features(), max_detections_per_image=30).eval()
+    for output in model(make_inputs([[], []])):
+        detections = output["instances"]
+        assert len(detections) == 30
+        assert (detections.scores[:-1] >= detections.scores[1:]).all()
+        assert detections.scores.min() > 0.05
+        boxes = detections.pred_boxes
+        assert boxes.nonempty().all()
+        assert boxes.inside_box(SIZE, boundary_threshold=1).all()
+        assert set(detections.pred_classes.tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_under_autocast_are_float32(dtype):
+    inputs = make_inputs([BOXES, BOXES[:1]])
+    expected, _ = train_losses(make_model(make_features()), inputs)
+    model = make_model(make_features())
+    with torch.autocast("cpu", dtype=dtype):
+        losses, _ = train_losses(model, inputs)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        # The head is in half precision, so equal only roughly.
+        assert_close(loss, expected[name], rtol=0.05, atol=1e-3)
+
+
+def test_gradient_of_box_losses_by_finite_differences():
+    """
+    Of the box losses along a direction in feature space, in float64. QFL's target and the
+    positives' weights are detached, so they depend on the features where the gradient does not.
+    """
+    features = [f.double() for f in make_features(num_images=1)]
+    model = make_model(features).double()
+    inputs = make_inputs([BOXES])
+    direction = [torch.randn_like(f) for f in features]
+
+    def box_losses(step):
+        model.backbone.features = [f + step * d for f, d in zip(features, direction)]
+        logits, distributions = model.head(model.backbone.features)
+        images = model.preprocess_image(inputs)
+        with EventStorage():
+            losses = model.forward_training(
+                images, features, (fixed_logits, distributions), [inputs[0]["instances"]]
+            )
+        return losses["loss_bbox"] + losses["loss_dfl"]
+
+    fixed_logits = [x.detach() for x in model.head(features)[0]]
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    box_losses(step).backward()
+    numeric = (box_losses(torch.tensor(1e-5)) - box_losses(torch.tensor(-1e-5))) / 2e-5
+    assert_close(step.grad, numeric.detach(), rtol=1e-5, atol=1e-8)
+
+
+def _worker(rank, port, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    features = [f[rank : rank + 1] for f in make_features()]
+    losses, _ = train_losses(make_model(features), make_inputs([[BOXES, []][rank]]))
+    torch.save({k: v.detach() for k, v in losses.items()}, os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def test_normalizers_are_means_over_processes():
+    """Two processes with one image each: their mean loss is the loss of the batch of two."""
+    expected, _ = train_losses(make_model(make_features()), make_inputs([BOXES, []]))
+    with tempfile.TemporaryDirectory() as folder:
+        port = 20000 + os.getpid() % 20000
+        mp.spawn(_worker, args=(port, folder), nprocs=2)
+        parts = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+    for name, loss in expected.items():
+        assert_close((parts[0][name] + parts[1][name]) / 2, loss.detach())
