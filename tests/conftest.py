@@ -18,8 +18,9 @@ def real_data() -> Path:
 @pytest.fixture
 def clean_catalogs():
     """Forgets the datasets that a test registers."""
-    before = {catalog: set(catalog) for catalog in (DatasetCatalog, MetadataCatalog)}
+    catalogs = (DatasetCatalog, MetadataCatalog)
+    before = [set(catalog) for catalog in catalogs]
     yield
-    for catalog, names in before.items():
+    for catalog, names in zip(catalogs, before):
         for name in set(catalog) - names:
             catalog.remove(name)

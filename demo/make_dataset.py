@@ -1,0 +1,384 @@
+#!/usr/bin/env python3
+"""
+Draw a small object detection dataset in COCO format: textured shapes of five classes and of very
+different sizes, which overlap, on cluttered backgrounds, some of them blurred.
+
+    python demo/make_dataset.py output/demo/data --seed 0 --train 600 --val 150
+
+gives ``train.json``, ``val.json`` and the folders ``train`` and ``val``.
+
+Boxes enclose the *visible* part of an object: the pixels inside the image that no later object
+covers. Objects of which less than half can be seen are not drawn in the first place, so everything
+in an image that belongs to a class is annotated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+__all__ = ["CLASSES", "Scene", "draw_scene", "make_dataset"]
+
+CLASSES = ("disc", "ring", "square", "triangle", "star")
+
+# Sizes are for an image of this height, in pixels, and scale with it.
+_REFERENCE_HEIGHT = 192
+_MIN_RADIUS, _MAX_RADIUS = 7, 56
+_MIN_OBJECTS, _MAX_OBJECTS = 3, 8
+# An object stays in the scene only while at least this fraction of it can be seen ...
+_MIN_VISIBLE = 0.5
+# ... and its box is at least this many pixels wide and high.
+_MIN_SIDE = 6
+# Mean difference, of 255, from what it covers, in the colour channel that differs most.
+_MIN_CONTRAST = 40
+_TRIES_PER_OBJECT = 20
+
+
+@dataclass
+class Scene:
+    """A picture and what is in it."""
+
+    # (H, W, 3), uint8, RGB.
+    image: np.ndarray
+    # (H, W), int16: index of the object seen at each pixel, -1 where there is none.
+    owner: np.ndarray
+    # Class index of each object.
+    labels: list[int] = field(default_factory=list)
+
+    def box(self, index: int) -> list[int]:
+        """[x, y, width, height] of the visible part of an object, in pixels."""
+        ys, xs = np.nonzero(self.owner == index)
+        x, y = xs.min(), ys.min()
+        return [int(v) for v in (x, y, xs.max() + 1 - x, ys.max() + 1 - y)]
+
+    def area(self, index: int) -> int:
+        """Visible area of an object in pixels."""
+        return int((self.owner == index).sum())
+
+
+@dataclass
+class _Layer:
+    """A square piece of a picture to be laid over it."""
+
+    color: np.ndarray  # (S, S, 3), float32 in [0, 255]
+    alpha: np.ndarray  # (S, S), float32 in [0, 1]
+    label: int | None  # class index, None for what is no object
+
+    @property
+    def solid(self) -> np.ndarray:
+        """(S, S), bool: the pixels that count as covered."""
+        return self.alpha >= 0.5
+
+
+def draw_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
+    """
+    Args:
+        rng: source of all randomness.
+        width, height: of the picture in pixels.
+    """
+    scale = height / _REFERENCE_HEIGHT
+    # Objects may stick out of the picture: it is cut out of a larger canvas at the end.
+    margin = int(2 * _MAX_RADIUS * scale) + 4
+    canvas = _draw_background(rng, width + 2 * margin, height + 2 * margin, scale)
+    owner = np.full(canvas.shape[:2], -1, dtype=np.int16)
+    window = (slice(margin, margin + height), slice(margin, margin + width))
+
+    labels: list[int] = []
+    full_areas: list[int] = []
+    for _ in range(rng.integers(_MIN_OBJECTS, _MAX_OBJECTS + 1)):
+        for _ in range(_TRIES_PER_OBJECT):
+            layer = _draw_object(rng, scale) if rng.random() < 0.9 else _draw_stick(rng, scale)
+            place = _choose_place(rng, layer, owner, window)
+            index = -1 if layer.label is None else len(labels)
+            areas = full_areas if layer.label is None else [*full_areas, layer.solid.sum()]
+            covered = owner.copy()
+            covered[place][layer.solid] = index
+            if _stands_out(canvas[place], layer) and _is_visible(covered[window], areas):
+                owner, full_areas = covered, areas
+                labels += [] if layer.label is None else [layer.label]
+                _composite(rng, canvas[place], layer)
+                break
+
+    image = canvas[window] + rng.normal(0, rng.uniform(1, 5), (height, width, 1))
+    return Scene(image.clip(0, 255).astype(np.uint8), owner[window].copy(), labels)
+
+
+def _stands_out(canvas: np.ndarray, layer: _Layer) -> bool:
+    """Whether the colours of ``layer`` differ from what it will cover."""
+    difference = np.abs(layer.color - canvas).max(axis=2)
+    return bool(difference[layer.solid].mean() >= _MIN_CONTRAST) if layer.solid.any() else False
+
+
+def _is_visible(owner: np.ndarray, full_areas: list[int]) -> bool:
+    """Whether enough can be seen of every object; ``full_areas`` are their areas uncovered."""
+    for index, full_area in enumerate(full_areas):
+        ys, xs = np.nonzero(owner == index)
+        if len(ys) < max(_MIN_VISIBLE * full_area, 1):
+            return False
+        if min(np.ptp(ys), np.ptp(xs)) + 1 < _MIN_SIDE:
+            return False
+    return True
+
+
+def _choose_place(
+    rng: np.random.Generator, layer: _Layer, owner: np.ndarray, window: tuple[slice, slice]
+) -> tuple[slice, slice]:
+    """Where on the canvas a layer goes: anywhere, or next to an object, to cover part of it."""
+    side = len(layer.alpha)
+    taken = np.argwhere(owner[window] >= 0)
+    if len(taken) and rng.random() < 0.35:
+        y, x = rng.choice(taken) + rng.integers(-side // 3, side // 3 + 1, 2)
+        y, x = np.clip((y, x), 0, np.array(owner[window].shape) - 1)
+    else:
+        y, x = rng.integers(0, owner[window].shape)
+    top, left = y + window[0].start - side // 2, x + window[1].start - side // 2
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _composite(rng: np.random.Generator, canvas: np.ndarray, layer: _Layer) -> None:
+    """Lay ``layer``, with its shadow, over ``canvas`` (in place; both of the same size)."""
+    reach = max(len(layer.alpha) // 16, 1)
+    shift = np.float32([[1, 0, rng.integers(-reach, reach + 1)], [0, 1, reach]])
+    shadow = cv2.warpAffine(layer.alpha, shift, layer.alpha.shape[::-1])
+    shadow = cv2.GaussianBlur(shadow, (0, 0), reach) * rng.uniform(0, 0.5)
+    canvas *= 1 - shadow[..., None]
+    canvas += layer.alpha[..., None] * (layer.color - canvas)
+
+
+def _draw_object(rng: np.random.Generator, scale: float) -> _Layer:
+    label = int(rng.integers(len(CLASSES)))
+    radius = scale * np.exp(rng.uniform(np.log(_MIN_RADIUS), np.log(_MAX_RADIUS)))
+    contours = _OUTLINES[CLASSES[label]](rng)
+    squeeze = np.array([1, rng.uniform(0.75, 1)])
+    turn = _rotation(rng.uniform(0, 2 * np.pi))
+    return _draw_layer(rng, [radius * (c * squeeze) @ turn for c in contours], radius, label)
+
+
+def _draw_stick(rng: np.random.Generator, scale: float) -> _Layer:
+    """A thin bar, which covers parts of objects without being one."""
+    length, thickness = scale * rng.uniform(15, _MAX_RADIUS), scale * rng.uniform(1, 3)
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [length, thickness]
+    return _draw_layer(rng, [corners @ _rotation(rng.uniform(0, np.pi))], length, None)
+
+
+def _draw_layer(
+    rng: np.random.Generator, contours: list[np.ndarray], radius: float, label: int | None
+) -> _Layer:
+    """
+    Args:
+        contours: polygons around (0, 0), shape (K, 2), in pixels; what two of them enclose is a
+            hole.
+        radius: no point of them is farther from (0, 0), in pixels.
+        label: class index, None for what is no object.
+    """
+    side = 2 * int(radius * 1.25 + 4)
+    alpha = np.zeros((side, side), np.uint8)
+    points = [np.round((c + side / 2) * 16).astype(np.int32) for c in contours]
+    cv2.fillPoly(alpha, points, 255, cv2.LINE_AA, shift=4)
+    layer = _Layer(_draw_texture(rng, side, radius), alpha.astype(np.float32) / 255, label)
+    if rng.random() < 0.4:
+        kernel = _blur_kernel(rng, radius)
+        layer.alpha = cv2.filter2D(layer.alpha, -1, kernel)
+        layer.color = cv2.filter2D(layer.color, -1, kernel, borderType=cv2.BORDER_REFLECT)
+    return layer
+
+
+def _blur_kernel(rng: np.random.Generator, radius: float) -> np.ndarray:
+    """Of a lens out of focus, or of motion, much smaller than an object of this radius."""
+    extent = rng.uniform(0.06, 0.18) * radius + 0.5
+    size = 2 * int(extent + 1) + 1
+    if rng.random() < 0.5:
+        kernel = cv2.getGaussianKernel(size, extent / 2)
+        return kernel @ kernel.T
+    kernel = np.zeros((size, size), np.float32)
+    step = extent * _rotation(rng.uniform(0, np.pi))[0]
+    ends = [np.round((size // 2 + sign * step) * 16).astype(int).tolist() for sign in (-1, 1)]
+    cv2.line(kernel, ends[0], ends[1], 1, 1, cv2.LINE_AA, shift=4)
+    return kernel / kernel.sum()
+
+
+def _draw_texture(rng: np.random.Generator, side: int, radius: float) -> np.ndarray:
+    """Two colours in some pattern, lit from one side. (side, side, 3), float32 in [0, 255]."""
+    x, y = np.meshgrid(*[np.arange(side, dtype=np.float32) - side / 2] * 2)
+    direction = _rotation(rng.uniform(0, 2 * np.pi))[0]
+    along, across = x * direction[0] + y * direction[1], y * direction[0] - x * direction[1]
+    period = max(radius * rng.uniform(0.25, 0.8), 4)
+    pattern = rng.choice(["plain", "stripes", "checks", "dots", "noise"])
+    if pattern == "plain":
+        mix = np.zeros_like(x)
+    elif pattern == "stripes":
+        mix = np.sin(along * (2 * np.pi / period)) > 0
+    elif pattern == "checks":
+        mix = np.sin(along * (np.pi / period)) * np.sin(across * (np.pi / period)) > 0
+    elif pattern == "dots":
+        mix = np.cos(along * (2 * np.pi / period)) + np.cos(across * (2 * np.pi / period)) > 0.8
+    else:
+        mix = _noise(rng, side, side, period)
+    mix = mix.astype(np.float32)[..., None] * rng.uniform(0.3, 0.9)
+    color = (1 - mix) * _random_color(rng) + mix * _random_color(rng)
+    light = 1 + rng.uniform(0.1, 0.45) * along / radius
+    return (color * light[..., None]).clip(0, 255).astype(np.float32)
+
+
+def _draw_background(rng: np.random.Generator, width: int, height: int, scale: float) -> np.ndarray:
+    """Clouds of two colours, a grain, and clutter. (height, width, 3), float32 in [0, 255]."""
+    mix = sum(
+        weight * _noise(rng, width, height, period * scale)
+        for weight, period in ((0.6, 80), (0.3, 25), (0.2 * rng.random(), 6))
+    )[..., None]
+    image = (1 - mix) * _random_color(rng) + mix * _random_color(rng)
+    image *= 0.8 + 0.4 * _noise(rng, width, height, rng.uniform(1.5, 4) * scale)[..., None]
+    image = np.ascontiguousarray(image.clip(0, 255), dtype=np.float32)
+    for _ in range(rng.integers(10, 40)):
+        _draw_clutter(rng, image, scale)
+    return image
+
+
+def _draw_clutter(rng: np.random.Generator, image: np.ndarray, scale: float) -> None:
+    """One line, arc, cross or irregular blob, none of which looks like a class (in place)."""
+    height, width = image.shape[:2]
+    center = rng.integers((0, 0), (width, height))
+    length = scale * rng.uniform(6, 45)
+    color, thickness = _random_color(rng).tolist(), int(rng.integers(1, max(int(4 * scale), 2)))
+    overlay = image.copy() if rng.random() < 0.5 else image
+    kind = rng.choice(["line", "arc", "cross", "blob"])
+    if kind == "line":
+        end = center + length * _rotation(rng.uniform(0, 2 * np.pi))[0]
+        cv2.line(overlay, center.tolist(), end.astype(int).tolist(), color, thickness)
+    elif kind == "arc":
+        axes = (length * rng.uniform(0.3, 1, 2)).astype(int).tolist()
+        start = rng.uniform(0, 360)
+        end = start + rng.uniform(40, 140)
+        cv2.ellipse(overlay, center.tolist(), axes, 0, start, end, color, thickness)
+    elif kind == "cross":
+        arms = (length * _rotation(rng.uniform(0, np.pi / 2)) / 2).astype(int)
+        for arm in arms:
+            cv2.line(overlay, (center - arm).tolist(), (center + arm).tolist(), color, thickness)
+    else:
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+        radii = length * rng.uniform(0.15, 0.6, 9) * np.array([1, 0.6] * 5)[:9]
+        points = center + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        cv2.fillPoly(overlay, [points.astype(np.int32)], color)
+    if overlay is not image:  # half-transparent
+        image += 0.5 * (overlay - image)
+
+
+def _noise(rng: np.random.Generator, width: int, height: int, period: float) -> np.ndarray:
+    """Smooth noise whose bumps are about ``period`` pixels wide. (height, width), in [0, 1]."""
+    grid = rng.random((int(height / period) + 2, int(width / period) + 2), dtype=np.float32)
+    return cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+
+
+def _random_color(rng: np.random.Generator) -> np.ndarray:
+    """RGB, in [0, 255], from grey to vivid."""
+    return rng.uniform(30, 255) * (1 - rng.uniform(0, 0.9) * rng.permutation([0, rng.random(), 1]))
+
+
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
+def _regular(corners: int, radius: float = 1.0) -> np.ndarray:
+    angles = np.arange(corners) * (2 * np.pi / corners)
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star(rng: np.random.Generator) -> list[np.ndarray]:
+    points = _regular(10)
+    points[1::2] *= rng.uniform(0.4, 0.55)
+    return [points]
+
+
+# Polygons inside the unit circle, by class.
+_OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
+    "disc": lambda rng: [_regular(60)],
+    "ring": lambda rng: [_regular(60), _regular(60, rng.uniform(0.45, 0.65))],
+    "square": lambda rng: [_regular(4)],
+    "triangle": lambda rng: [_regular(3)],
+    "star": _star,
+}
+
+
+def make_dataset(
+    folder: str,
+    seed: int = 0,
+    num_train: int = 600,
+    num_val: int = 150,
+    width: int = 256,
+    height: int = 192,
+) -> None:
+    """
+    Write ``train.json``, ``val.json`` and the pictures they name, in the folders ``train`` and
+    ``val``. The same arguments give the same files. No picture of one split is in the other.
+
+    Args:
+        folder: to write into; made if needed.
+        seed: of the random generator.
+        num_train, num_val: pictures in each split.
+        width, height: of every picture in pixels.
+    """
+    settings = {
+        "seed": seed,
+        "num_train": num_train,
+        "num_val": num_val,
+        "width": width,
+        "height": height,
+    }
+    for split, (name, count) in enumerate((("train", num_train), ("val", num_val))):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+        coco = {
+            "info": {"description": "Drawn by demo/make_dataset.py", "settings": settings},
+            "categories": [{"id": i + 1, "name": label} for i, label in enumerate(CLASSES)],
+            "images": [],
+            "annotations": [],
+        }
+        for index in range(count):
+            # A generator per picture: picture 7 is the same whatever the number of pictures.
+            scene = draw_scene(np.random.default_rng((seed, split, index)), width, height)
+            file_name = f"{index:05d}.jpg"
+            bgr = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
+            cv2.imwrite(os.path.join(folder, name, file_name), bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])
+            _add_to_coco(coco, file_name, scene)
+        with open(os.path.join(folder, f"{name}.json"), "w", encoding="utf-8") as file:
+            json.dump(coco, file)
+
+
+def _add_to_coco(coco: dict, file_name: str, scene: Scene) -> None:
+    height, width = scene.owner.shape
+    image_id = len(coco["images"]) + 1
+    coco["images"].append(
+        {"id": image_id, "file_name": file_name, "width": width, "height": height}
+    )
+    for index, label in enumerate(scene.labels):
+        coco["annotations"].append(
+            {
+                "id": len(coco["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": label + 1,
+                "bbox": scene.box(index),
+                "area": scene.area(index),
+                "iscrowd": 0,
+            }
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("folder", help="to write the dataset into")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=600, help="number of training pictures")
+    parser.add_argument("--val", type=int, default=150, help="number of validation pictures")
+    parser.add_argument("--width", type=int, default=256, help="of a picture in pixels")
+    parser.add_argument("--height", type=int, default=192, help="of a picture in pixels")
+    args = parser.parse_args()
+    make_dataset(args.folder, args.seed, args.train, args.val, args.width, args.height)
+
+
+if __name__ == "__main__":
+    main()
