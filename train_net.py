@@ -12,6 +12,7 @@ import os
 import sys
 
 import torch
+import yaml
 from detectron2.config import get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, hooks, launch
@@ -97,8 +98,11 @@ def setup(args):
         raise InputError(f"--config-file: no file '{args.config_file}'")
     cfg = get_cfg()
     add_gfl_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
+        raise InputError(f"{args.config_file} or the options after it: {error}") from None
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is 'cuda' but there is no GPU: running on the CPU.")
         cfg.MODEL.DEVICE = "cpu"

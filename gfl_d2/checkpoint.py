@@ -72,7 +72,7 @@ class GFLCheckpointer(DetectionCheckpointer):
         if path:
             self._check_exists(path)
         elif self.complete:
-            raise InputError("MODEL.WEIGHTS is empty: there are no weights to evaluate")
+            self.logger.warning("MODEL.WEIGHTS is empty: the weights are random.")
         return super().load(path, *args, **kwargs)
 
     def _check_exists(self, path: str) -> None:

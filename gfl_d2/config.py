@@ -30,7 +30,8 @@ def add_gfl_config(cfg: CN) -> None:
     _C.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # Convolutions in each of the two towers (classification and box), >= 0.
     _C.MODEL.GFL.NUM_CONVS = 4
-    # Channels of the towers, >= 1; a multiple of 32 when NORM is "GN".
+    # Channels of the towers, >= 1; when NORM is "GN" a multiple of 32, >= 64 (its 32 groups need
+    # more than one value each, also on a map of 1x1).
     _C.MODEL.GFL.CONV_DIM = 256
     # Normalization in the towers: any name known to detectron2.layers.get_norm, "" for none.
     _C.MODEL.GFL.NORM = "GN"
@@ -94,10 +95,10 @@ def check_gfl_config(cfg: CN) -> None:
     for key, (holds, allowed) in rules.items():
         if not holds:
             raise InputError(f"MODEL.GFL.{key} must be {allowed}, got {gfl[key]!r}")
-    if gfl.NORM == "GN" and gfl.NUM_CONVS > 0 and gfl.CONV_DIM % 32:
+    if gfl.NORM == "GN" and gfl.NUM_CONVS > 0 and (gfl.CONV_DIM % 32 or gfl.CONV_DIM < 64):
         raise InputError(
-            "MODEL.GFL.CONV_DIM must be a multiple of 32 when MODEL.GFL.NORM is 'GN', "
-            f"got {gfl.CONV_DIM}"
+            "MODEL.GFL.CONV_DIM must be a multiple of 32, and at least 64, when MODEL.GFL.NORM is "
+            f"'GN', got {gfl.CONV_DIM}"
         )
     if not 0 <= cfg.MODEL.ANCHOR_GENERATOR.OFFSET < 1:
         raise InputError(

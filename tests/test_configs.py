@@ -33,7 +33,7 @@ def load(name: str, *opts):
 def small(*opts):
     """A quick model."""
     return load("gfl_R_18_FPN_bccd_reference", "MODEL.FPN.OUT_CHANNELS", 32,
-                "MODEL.GFL.CONV_DIM", 32, "MODEL.GFL.NUM_CONVS", 1, *opts)  # fmt: skip
+                "MODEL.GFL.CONV_DIM", 64, "MODEL.GFL.NUM_CONVS", 1, *opts)  # fmt: skip
 
 
 class BackboneAndHead(nn.Module):
@@ -128,6 +128,7 @@ def test_schedules_of_the_published_models():
         ("IN_FEATURES", ["p3", "p9"]),
         ("NUM_CONVS", -1),
         ("CONV_DIM", 48),
+        ("CONV_DIM", 32),
         ("PRIOR_PROB", 1.0),
         ("REG_MAX", 0),
         ("ANCHOR_SCALE", 0.0),

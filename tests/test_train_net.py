@@ -1,0 +1,178 @@
+"""train_net.py from the command line: training, resuming, evaluation, and users' mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_net = load_script()
+
+
+@pytest.fixture
+def dataset(tmp_path, clean_catalogs):
+    """Six images of 64x96 with two boxes each, but for an empty one and one with a crowd."""
+    images, annotations = [], []
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(1, 7):
+        pixels = generator.integers(0, 255, (64, 96, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "images" / f"{i}.png"), pixels)
+        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
+        for k in range(0 if i == 1 else 2):
+            x, y, w, h = generator.uniform([0, 0, 8, 8], [40, 20, 50, 40]).tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": k + 1,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": int(i == 2 and k == 1),
+                }
+            )
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+def run(folder, *args, opts=()):
+    entries = [
+        [name, str(folder / "instances.json"), str(folder / "images")]
+        for name in ("toy_train", "toy_val")
+    ]
+    command = [
+        *("--config-file", str(ROOT / "configs" / "gfl_R_18_FPN_bccd_reference.yaml"), *args),
+        *("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('toy_train',)"),
+        *("DATASETS.TEST", "('toy_val',)", "MODEL.GFL.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu"),
+        *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.GFL.CONV_DIM", "64", "MODEL.GFL.NUM_CONVS", "1"),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+        *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False", "DATALOADER.NUM_WORKERS", "0"),
+        *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()"),
+        *("SOLVER.WARMUP_ITERS", "1", "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
+        # Untrained scores are low, and without detections there is no AP.
+        *("MODEL.GFL.SCORE_THRESH_TEST", "0.0"),
+        *("OUTPUT_DIR", str(folder / "output"), *map(str, opts)),
+    ]
+    return train_net.main(default_argument_parser().parse_args(command))
+
+
+def error_of(*args, **kwargs) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run(*args, **kwargs)
+    message = caught.value.code
+    assert message.startswith("Error: ")
+    assert "Traceback" not in message
+    return message
+
+
+def test_train_resume_and_evaluate(dataset):
+    run(dataset)
+    output = dataset / "output"
+    names = {path.name for path in output.iterdir()}
+    assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "metrics.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert {"loss_qfl", "loss_bbox", "loss_dfl", "gfl/pos_quality"} <= set(metrics[-1])
+
+    run(dataset, "--resume", opts=["SOLVER.MAX_ITER", 5])
+    assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 4
+    metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert metrics[-1]["iteration"] == 4
+
+    results = run(
+        dataset, "--eval-only", opts=["MODEL.WEIGHTS", output / "model_final.pth"]
+    )
+    assert 0 <= results["bbox"]["AP"] <= 100
+    assert (output / "inference" / "coco_instances_results.json").is_file()
+
+
+def test_bfloat16_training(dataset):
+    run(dataset, opts=["SOLVER.BF16", True, "TEST.EVAL_PERIOD", 0])
+    weights = torch.load(dataset / "output" / "model_final.pth", weights_only=False)["model"]
+    floating = {w.dtype for w in weights.values() if w.is_floating_point()}
+    assert floating == {torch.float32}
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_clipping_of_the_whole_gradient(dataset):
+    """With a tiny limit, weights hardly move; momentum and decay are off."""
+    opts = ["SOLVER.BASE_LR", 1.0, "SOLVER.MOMENTUM", 0.0, "SOLVER.WEIGHT_DECAY", 0.0,
+            "SOLVER.WEIGHT_DECAY_NORM", 0.0, "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 1,
+            "TEST.EVAL_PERIOD", 0, "SEED", 1, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"]  # fmt: skip
+    weights = []
+    for limit in (1e-6, 1e-3):
+        run(dataset, opts=[*opts, limit])
+        state = torch.load(dataset / "output" / "model_final.pth", weights_only=False)["model"]
+        trained = [w for name, w in state.items() if "running" not in name and "num_b" not in name]
+        weights.append(torch.cat([w.flatten().double() for w in trained]))
+    # Both start from the same weights, so their distance is at most the sum of the two steps.
+    distance = (weights[1] - weights[0]).norm()
+    assert 0.9e-3 < distance < 1.1e-3
+
+
+def test_amp_and_bf16_exclude_each_other(dataset):
+    message = error_of(dataset, opts=["SOLVER.BF16", True, "SOLVER.AMP.ENABLED", True])
+    assert "SOLVER.BF16" in message
+    assert "SOLVER.AMP.ENABLED" in message
+
+
+def test_missing_config_file():
+    args = default_argument_parser().parse_args(["--config-file", "configs/absent.yaml"])
+    with pytest.raises(SystemExit) as caught:
+        train_net.main(args)
+    assert "configs/absent.yaml" in caught.value.code
+
+
+def test_unknown_key(dataset):
+    assert "MODEL.GFL.REGMAX" in error_of(dataset, opts=["MODEL.GFL.REGMAX", 3])
+
+
+def test_number_of_classes(dataset):
+    message = error_of(dataset, opts=["MODEL.GFL.NUM_CLASSES", 80])
+    assert "80" in message
+    assert "2 classes" in message
+    assert not (dataset / "output").exists()
+
+
+def test_a_failed_start_overwrites_nothing(dataset):
+    run(dataset)
+    output = dataset / "output"
+    before = {path: path.read_bytes() for path in output.glob("*.pth")}
+    error_of(dataset, opts=["MODEL.WEIGHTS", dataset / "absent.pth"])
+    error_of(dataset, opts=["MODEL.GFL.REG_MAX", 0])
+    wrong = ["MODEL.WEIGHTS", output / "model_final.pth", "MODEL.FPN.OUT_CHANNELS", 64]
+    assert "model_final.pth" in error_of(dataset, opts=wrong)
+    assert {path: path.read_bytes() for path in output.glob("*.pth")} == before
+
+
+def test_truncated_image(dataset):
+    path = dataset / "images" / "3.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    message = error_of(dataset, opts=["SOLVER.MAX_ITER", 9])
+    assert "3.png" in message
+
+
+def test_truncated_image_in_a_worker_process(dataset):
+    for path in (dataset / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:2000])
+    message = error_of(dataset, opts=["DATALOADER.NUM_WORKERS", 1])
+    assert ".png" in message
+    assert len(message.splitlines()) == 1
