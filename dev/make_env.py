@@ -91,7 +91,8 @@ def run(*command):
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     env.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", PIP_USER="0")
     command = [str(part) for part in command]
-    code = subprocess.run(command, env=env, stdin=subprocess.DEVNULL).returncode
+    # close_fds: the command shares the lock, and keeps it if this process alone is killed.
+    code = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, close_fds=False).returncode
     if code != 0:
         raise EnvError(f"this command failed with exit status {code}: {' '.join(command)}")
 
@@ -259,6 +260,7 @@ def locked(venv):
     """Hold the environment's lock, waiting for another process that builds it."""
     venv.mkdir(parents=True, exist_ok=True)
     with open(venv / LOCK_FILE, "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
