@@ -18,6 +18,7 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, hooks, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
+
 from gfl_d2 import add_gfl_config
 from gfl_d2.checkpoint import GFLCheckpointer
 from gfl_d2.data import GFLDatasetMapper, check_datasets, load_training_dicts, register_datasets

@@ -29,14 +29,14 @@ CLASSES = ("disc", "ring", "square", "triangle", "star")
 
 # Sizes are for an image of this height, in pixels, and scale with it.
 _REFERENCE_HEIGHT = 192
-_MIN_RADIUS, _MAX_RADIUS = 7, 56
-_MIN_OBJECTS, _MAX_OBJECTS = 3, 8
+_MIN_RADIUS, _MAX_RADIUS = 8, 64
+_MIN_OBJECTS, _MAX_OBJECTS = 2, 7
 # An object stays in the scene only while at least this fraction of it can be seen ...
 _MIN_VISIBLE = 0.5
 # ... and its box is at least this many pixels wide and high.
 _MIN_SIDE = 6
 # Mean difference, of 255, from what it covers, in the colour channel that differs most.
-_MIN_CONTRAST = 40
+_MIN_CONTRAST = 50
 _TRIES_PER_OBJECT = 20
 
 
@@ -153,7 +153,8 @@ def _composite(rng: np.random.Generator, canvas: np.ndarray, layer: _Layer) -> N
 
 def _draw_object(rng: np.random.Generator, scale: float) -> _Layer:
     label = int(rng.integers(len(CLASSES)))
-    radius = scale * np.exp(rng.uniform(np.log(_MIN_RADIUS), np.log(_MAX_RADIUS)))
+    # More small ones than large ones, in all sizes.
+    radius = scale * rng.uniform(_MIN_RADIUS**0.5, _MAX_RADIUS**0.5) ** 2
     contours = _OUTLINES[CLASSES[label]](rng)
     squeeze = np.array([1, rng.uniform(0.75, 1)])
     turn = _rotation(rng.uniform(0, 2 * np.pi))
@@ -182,7 +183,7 @@ def _draw_layer(
     points = [np.round((c + side / 2) * 16).astype(np.int32) for c in contours]
     cv2.fillPoly(alpha, points, 255, cv2.LINE_AA, shift=4)
     layer = _Layer(_draw_texture(rng, side, radius), alpha.astype(np.float32) / 255, label)
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         kernel = _blur_kernel(rng, radius)
         layer.alpha = cv2.filter2D(layer.alpha, -1, kernel)
         layer.color = cv2.filter2D(layer.color, -1, kernel, borderType=cv2.BORDER_REFLECT)
@@ -233,9 +234,9 @@ def _draw_background(rng: np.random.Generator, width: int, height: int, scale: f
         for weight, period in ((0.6, 80), (0.3, 25), (0.2 * rng.random(), 6))
     )[..., None]
     image = (1 - mix) * _random_color(rng) + mix * _random_color(rng)
-    image *= 0.8 + 0.4 * _noise(rng, width, height, rng.uniform(1.5, 4) * scale)[..., None]
+    image *= 0.85 + 0.3 * _noise(rng, width, height, rng.uniform(1.5, 4) * scale)[..., None]
     image = np.ascontiguousarray(image.clip(0, 255), dtype=np.float32)
-    for _ in range(rng.integers(10, 40)):
+    for _ in range(rng.integers(8, 30)):
         _draw_clutter(rng, image, scale)
     return image
 

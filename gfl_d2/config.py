@@ -19,8 +19,8 @@ def add_gfl_config(cfg: CN) -> None:
     # Needs TEST.EVAL_PERIOD > 0.
     _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
 
-    # Train under autocast to bfloat16, on a CPU or GPU that has it. Needs no gradient scaling, unlike
-    # SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
+    # Train under autocast to bfloat16, on a CPU or GPU that has it. It needs no gradient scaling,
+    # unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
     _C.SOLVER.BF16 = False
 
     _C.MODEL.GFL = CN()

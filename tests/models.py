@@ -6,6 +6,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
+
 from gfl_d2.modeling import GFL, ATSSAssigner, GFLHead
 
 STRIDES = (8, 16, 32, 64, 128)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
-from gfl_d2.modeling import ATSSAssigner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
+
+from gfl_d2.modeling import ATSSAssigner
 
 STRIDES = (8, 16, 32, 64, 128)
 

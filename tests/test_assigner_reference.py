@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.structures import Boxes
+
 from gfl_d2.modeling import ATSSAssigner
 from reference_data import case, load
 

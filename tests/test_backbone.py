@@ -8,15 +8,16 @@ from detectron2.config import get_cfg
 from detectron2.layers import ModulatedDeformConv
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
 from gfl_d2 import add_gfl_config
 from gfl_d2.modeling.backbone import (
     DeformConv2d,
     LastLevelP6P7OnP5,
     use_torchvision_deform_conv,
 )
-from torch import nn
-from torch.nn import functional as F
-from torch.testing import assert_close
 
 
 def deform_block(modulated, stride=1, groups=1):

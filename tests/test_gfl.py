@@ -10,8 +10,9 @@ import torch
 import torch.multiprocessing as mp
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from models import STRIDES, gfl_on_features
 from torch.testing import assert_close
+
+from models import STRIDES, gfl_on_features
 
 SIZE = (128, 192)
 
@@ -207,7 +208,7 @@ def test_gradient_of_box_losses_by_finite_differences():
 
     def box_losses(step):
         model.backbone.features = [f + step * d for f, d in zip(features, direction)]
-        logits, distributions = model.head(model.backbone.features)
+        _, distributions = model.head(model.backbone.features)
         images = model.preprocess_image(inputs)
         with EventStorage():
             losses = model.forward_training(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch.testing import assert_close
+
 from models import gfl_on_features
 from reference_data import assert_close_to_largest, case, load
-from torch.testing import assert_close
 
 LEVELS = range(5)
 
@@ -140,9 +141,7 @@ def test_detections(result, settings):
         detections = output["instances"]
         assert torch.equal(detections.pred_classes, ref[f"{result}/labels_{b}"])
         assert_close(detections.scores, ref[f"{result}/scores_{b}"], rtol=1e-5, atol=1e-6)
-        assert_close(
-            detections.pred_boxes.tensor, ref[f"{result}/boxes_{b}"], rtol=1e-5, atol=1e-3
-        )
+        assert_close(detections.pred_boxes.tensor, ref[f"{result}/boxes_{b}"], rtol=1e-5, atol=1e-3)
 
 
 @torch.no_grad()

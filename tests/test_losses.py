@@ -5,6 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from fvcore.nn import sigmoid_focal_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+from torchvision.ops import box_iou, generalized_box_iou
+
 from gfl_d2.modeling import (
     aligned_iou,
     bbox_to_distance,
@@ -14,11 +20,6 @@ from gfl_d2.modeling import (
     integral,
     quality_focal_loss,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.autograd import gradcheck
-from torch.testing import assert_close
-from torchvision.ops import box_iou, generalized_box_iou
 
 fractions = st.floats(0.001, 0.999)
 seeds = st.integers(0, 2**31 - 1)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from gfl_d2.modeling import (
     distribution_focal_loss,
     giou_loss,
@@ -9,7 +11,6 @@ from gfl_d2.modeling import (
     quality_focal_loss,
 )
 from reference_data import assert_close_to_largest, case, load
-from torch.testing import assert_close
 
 # What the reference adds to the number that it divides reduced losses by.
 EPS = torch.finfo(torch.float32).eps

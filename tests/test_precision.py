@@ -1,6 +1,7 @@
 import torch
-from gfl_d2.precision import autocast_in_training
 from torch import nn
+
+from gfl_d2.precision import autocast_in_training
 
 
 def test_autocast_in_training():

@@ -97,9 +97,7 @@ def test_train_resume_and_evaluate(dataset):
     metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert metrics[-1]["iteration"] == 4
 
-    results = run(
-        dataset, "--eval-only", opts=["MODEL.WEIGHTS", output / "model_final.pth"]
-    )
+    results = run(dataset, "--eval-only", opts=["MODEL.WEIGHTS", output / "model_final.pth"])
     assert 0 <= results["bbox"]["AP"] <= 100
     assert (output / "inference" / "coco_instances_results.json").is_file()
 

@@ -6,8 +6,8 @@ from .head import GFLHead
 from .losses import aligned_iou, distribution_focal_loss, giou_loss, quality_focal_loss
 
 __all__ = [
-    "ATSSAssigner",
     "GFL",
+    "ATSSAssigner",
     "GFLHead",
     "aligned_iou",
     "bbox_to_distance",

@@ -163,7 +163,9 @@ class GFL(DenseDetector):
             self.assigner(anchors, gt.gt_boxes, valid_i) for gt, valid_i in zip(gt_instances, valid)
         ]
         logits, distributions = self._flatten_predictions(predictions)
-        return self.losses(anchors, logits, distributions, gt_instances, torch.stack(matched), valid)
+        return self.losses(
+            anchors, logits, distributions, gt_instances, torch.stack(matched), valid
+        )
 
     def _flatten_predictions(
         self, predictions: tuple[list[Tensor], list[Tensor]]
