@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
+from PIL import Image
 from torch import nn
 
 from gfl_d2 import add_gfl_config
@@ -174,6 +177,23 @@ def test_values_reach_the_model():
     assert model.max_detections_per_image == 7
     anchors = model.anchor_generator([torch.zeros(1, 1, 2, 2)] * 5)
     assert anchors[0].tensor[0].tolist() == [4 - 24, 4 - 24, 4 + 24, 4 + 24]
+
+
+@torch.no_grad()
+def test_default_predictor():
+    """From a BGR image, as OpenCV reads it, to detections in its pixels."""
+    torch.manual_seed(0)
+    cfg = small("MODEL.GFL.SCORE_THRESH_TEST", 0.0, "MODEL.GFL.NMS_THRESH_TEST", 1.0)
+    predictor = DefaultPredictor(cfg)
+    image = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
+    detections = predictor(image)["instances"]
+    assert detections.image_size == (120, 160)
+    assert len(detections) == 100
+
+    resized = np.asarray(Image.fromarray(image[:, :, ::-1]).resize((320, 240), Image.BILINEAR))
+    rgb = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+    (expected,) = predictor.model([{"image": rgb, "height": 120, "width": 160}])
+    torch.testing.assert_close(detections.scores, expected["instances"].scores)
 
 
 @pytest.mark.parametrize(

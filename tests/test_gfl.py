@@ -196,6 +196,24 @@ def test_losses_under_autocast_are_float32(dtype):
         assert_close(loss, expected[name], rtol=0.05, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_detections_under_autocast_are_float32(dtype):
+    """Decoding rounds nothing: it gives what it gives for the same predictions in float32."""
+    features = make_features()
+    model = make_model(features).eval()
+    images = model.preprocess_image(make_inputs([[], []]))
+    with torch.autocast("cpu", dtype=dtype):
+        predictions = model.head(features)
+        assert predictions[1][0].dtype == dtype
+        results = model.forward_inference(images, features, predictions)
+    in_float32 = tuple([x.float() for x in maps] for maps in predictions)
+    for result, expected in zip(results, model.forward_inference(images, features, in_float32)):
+        assert result.scores.dtype == result.pred_boxes.tensor.dtype == torch.float32
+        assert torch.equal(result.scores, expected.scores)
+        assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
 def test_gradient_of_box_losses_by_finite_differences():
     """
     Of the box losses along a direction in feature space, in float64. QFL's target and the

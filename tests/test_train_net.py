@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from scripts import ROOT, load_script
 
-ROOT = Path(__file__).parent.parent
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train_net = load_script()
+train_net = load_script("train_net.py")
 
 
 @pytest.fixture
