@@ -19,14 +19,11 @@ import time
 from pathlib import Path
 
 import cv2
-import numpy as np
-import torch
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from make_dataset import make_dataset
 
 from gfl_d2.data import register_coco_format
-from gfl_d2.visualization import draw_comparison, stack_rows
+from gfl_d2.visualization import draw_comparison, results_to_instances, stack_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "gfl_R_18_FPN_demo.yaml"
@@ -92,20 +89,9 @@ def save_picture() -> None:
     for record in crowded[:NUM_PICTURES]:
         image = cv2.imread(record["file_name"])[:, :, ::-1]
         own = [r for r in results if r["image_id"] == record["image_id"]]
-        rows.append(draw_comparison(image, record, to_instances(own, image, metadata), metadata))
+        predictions = results_to_instances(own, image.shape[:2], metadata)
+        rows.append(draw_comparison(image, record, predictions, metadata))
     cv2.imwrite(str(PICTURE), stack_rows(rows)[:, :, ::-1])
-
-
-def to_instances(results: list[dict], image: np.ndarray, metadata: Metadata) -> Instances:
-    """Detections of one image in COCO's result format -> Instances."""
-    boxes = torch.tensor([r["bbox"] for r in results]).reshape(-1, 4)
-    contiguous_id = metadata.thing_dataset_id_to_contiguous_id
-    return Instances(
-        image.shape[:2],
-        pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-        scores=torch.tensor([r["score"] for r in results]),
-        pred_classes=torch.tensor([contiguous_id[r["category_id"]] for r in results]),
-    )
 
 
 def main() -> None:

@@ -23,6 +23,11 @@ def add_gfl_config(cfg: CN) -> None:
     # unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
     _C.SOLVER.BF16 = False
 
+    # Start every residual block as the identity, by a zero scale in its last normalization: for
+    # training from random initialization with build_gfl_resnet_fpn_backbone. Needs a trainable
+    # MODEL.RESNETS.NORM.
+    _C.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False
+
     _C.MODEL.GFL = CN()
     # Number of foreground classes, >= 1.
     _C.MODEL.GFL.NUM_CLASSES = 80
@@ -99,6 +104,11 @@ def check_gfl_config(cfg: CN) -> None:
         raise InputError(
             "MODEL.GFL.CONV_DIM must be a multiple of 32, and at least 64, when MODEL.GFL.NORM is "
             f"'GN', got {gfl.CONV_DIM}"
+        )
+    if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL and cfg.MODEL.RESNETS.NORM in ("", "FrozenBN"):
+        raise InputError(
+            "MODEL.RESNETS.ZERO_INIT_RESIDUAL needs a trainable MODEL.RESNETS.NORM such as 'BN', "
+            f"not {cfg.MODEL.RESNETS.NORM!r}"
         )
     if not 0 <= cfg.MODEL.ANCHOR_GENERATOR.OFFSET < 1:
         raise InputError(

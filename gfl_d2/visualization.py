@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import BoxMode, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 
-__all__ = ["draw_comparison", "stack_rows"]
+__all__ = ["draw_comparison", "results_to_instances", "stack_rows"]
 
 # Small images are enlarged until their shorter side has this many pixels, so that labels fit.
 _MIN_SIDE = 400
@@ -57,6 +58,30 @@ def draw_comparison(
     right = _draw_boxes(image_rgb, title, kept.pred_boxes.tensor.numpy(), classes, labels, metadata)
     gap = np.full((left.shape[0], _GAP, 3), _WHITE, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
+
+
+def results_to_instances(
+    results: Sequence[dict], image_size: tuple[int, int], metadata: Metadata
+) -> Instances:
+    """
+    Detections of one image from ``coco_instances_results.json``, which COCOEvaluator writes.
+
+    Args:
+        results: of this image, in COCO's result format.
+        image_size: (height, width) in pixels.
+        metadata: of the dataset; its ``thing_dataset_id_to_contiguous_id`` maps category ids.
+
+    Returns:
+        Instances: with ``pred_boxes``, ``scores`` and ``pred_classes``.
+    """
+    boxes = torch.tensor([result["bbox"] for result in results]).reshape(-1, 4)
+    contiguous_id = metadata.thing_dataset_id_to_contiguous_id
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
+        scores=torch.tensor([result["score"] for result in results]),
+        pred_classes=torch.tensor([contiguous_id[r["category_id"]] for r in results]),
+    )
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:

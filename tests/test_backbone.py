@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.layers import ModulatedDeformConv
+from detectron2.layers import ModulatedDeformConv, ShapeSpec
 from detectron2.modeling import build_backbone
-from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
+from detectron2.modeling.backbone.resnet import DeformBottleneckBlock, build_resnet_backbone
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -18,6 +18,7 @@ from gfl_d2.modeling.backbone import (
     LastLevelP6P7OnP5,
     use_torchvision_deform_conv,
 )
+from gfl_d2.modeling.backbone.fpn import zero_init_residual
 
 
 def deform_block(modulated, stride=1, groups=1):
@@ -130,3 +131,21 @@ def test_config_keys_of_detectron2(modulated):
     assert strides == {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
     for name, stride in strides.items():
         assert features[name].shape == (1, 32, -(-64 // stride), -(-96 // stride))
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_zero_init_residual(depth):
+    """Every block starts as its shortcut."""
+    cfg = get_cfg()
+    add_gfl_config(cfg)
+    cfg.MODEL.RESNETS.DEPTH = depth
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 16
+    resnet = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    zero_init_residual(resnet)
+    for stage in resnet.stages:
+        for block in stage:
+            x = torch.randn(2, block.in_channels, 8, 8)
+            shortcut = x if block.shortcut is None else block.shortcut(x)
+            assert_close(block(x), F.relu(shortcut))

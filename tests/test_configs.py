@@ -155,6 +155,8 @@ def test_bad_values_name_their_key(key, value):
 def test_other_bad_values_name_their_key():
     with pytest.raises(InputError, match="ANCHOR_GENERATOR"):
         build_model(small("MODEL.ANCHOR_GENERATOR.OFFSET", 1.0))
+    with pytest.raises(InputError, match="ZERO_INIT_RESIDUAL"):
+        build_model(small("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", ""))
     with pytest.raises(KeyError, match="REGMAX"):
         small("MODEL.GFL.REGMAX", 16)
 

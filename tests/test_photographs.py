@@ -8,10 +8,10 @@ from detectron2.config import get_cfg
 from detectron2.data.datasets import load_coco_json
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from scripts import ROOT
 
 from gfl_d2 import add_gfl_config
 from gfl_d2.data import GFLDatasetMapper
+from scripts import ROOT
 
 PUBLISHED = [
     "gfl_R_50_FPN_1x",

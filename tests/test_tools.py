@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import cv2
+
 from scripts import load_script
 
 overfit = load_script("tools/overfit.py")

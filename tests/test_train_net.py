@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+
 from scripts import ROOT, load_script
 
 train_net = load_script("train_net.py")

@@ -5,7 +5,7 @@ import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from gfl_d2.visualization import draw_comparison, stack_rows
+from gfl_d2.visualization import draw_comparison, results_to_instances, stack_rows
 
 NAMES = Metadata(name="pets", thing_classes=["cat", "dog"])
 
@@ -161,3 +161,17 @@ def test_stack_rows():
     assert (stacked[-20:] == 9).all()
     assert (stacked[:18, 30:] == 255).all()
     assert (stacked[10:18] == 255).all()
+
+
+def test_results_to_instances():
+    metadata = Metadata(name="toy", thing_dataset_id_to_contiguous_id={7: 0, 9: 1})
+    results = [
+        {"image_id": 3, "category_id": 9, "bbox": [10.0, 20.0, 5.0, 6.0], "score": 0.75},
+        {"image_id": 3, "category_id": 7, "bbox": [0.0, 1.0, 2.0, 3.0], "score": 0.5},
+    ]
+    instances = results_to_instances(results, (40, 50), metadata)
+    assert instances.image_size == (40, 50)
+    assert instances.pred_boxes.tensor.tolist() == [[10, 20, 15, 26], [0, 1, 2, 4]]
+    assert instances.scores.tolist() == [0.75, 0.5]
+    assert instances.pred_classes.tolist() == [1, 0]
+    assert len(results_to_instances([], (40, 50), metadata)) == 0

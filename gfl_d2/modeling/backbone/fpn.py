@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone import FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from torch import Tensor
+from detectron2.modeling.backbone.resnet import (
+    BasicBlock,
+    BottleneckBlock,
+    DeformBottleneckBlock,
+)
+from torch import Tensor, nn
 
 from .deform import use_torchvision_deform_conv
 
@@ -31,6 +36,18 @@ class LastLevelP6P7OnP5(LastLevelP6P7):
         return [p6, self.p7(p6)]
 
 
+def zero_init_residual(resnet: ResNet) -> None:
+    """
+    Start every residual block as the identity: a zero scale in its last normalization (Goyal et
+    al., "Accurate, Large Minibatch SGD", section 5.1).
+    """
+    for block in resnet.modules():
+        if isinstance(block, BasicBlock):
+            nn.init.zeros_(block.conv2.norm.weight)
+        elif isinstance(block, (BottleneckBlock, DeformBottleneckBlock)):
+            nn.init.zeros_(block.conv3.norm.weight)
+
+
 @BACKBONE_REGISTRY.register()
 def build_gfl_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """
@@ -38,6 +55,8 @@ def build_gfl_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     Deformable convolutions (``MODEL.RESNETS.DEFORM_*``) run on CPU and GPU.
     """
     bottom_up = use_torchvision_deform_conv(build_resnet_backbone(cfg, input_shape))
+    if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL:
+        zero_init_residual(bottom_up)
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
