@@ -9,6 +9,8 @@ from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from ..box_distribution import full_precision
+
 __all__ = ["DeformConv2d", "use_torchvision_deform_conv"]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,17 +47,18 @@ class DeformConv2d(nn.Module):
         Returns:
             Tensor: shape (N, C', H', W').
         """
+        # In float32 under autocast too: on CPU the operator has no other, and wherever it runs,
+        # offsets of many pixels in half precision would be rounded to a fraction of one.
         x = deform_conv2d(
-            x,
-            # Autocast leaves the inputs in different types, which the operator refuses.
-            offset.to(x.dtype),
-            self.weight.to(x.dtype),
-            None if self.bias is None else self.bias.to(x.dtype),
+            full_precision(x),
+            full_precision(offset),
+            self.weight,
+            self.bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
-            mask=None if mask is None else mask.to(x.dtype),
-        )
+            mask=None if mask is None else full_precision(mask),
+        ).to(x.dtype)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
