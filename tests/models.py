@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
 
-from gfl_d2.modeling import GFL, ATSSAssigner, GFLHead
+from gfl_d2.modeling import GFL, ATSSAssigner, GFLCriterion, GFLHead
 
 STRIDES = (8, 16, 32, 64, 128)
 NAMES = tuple(f"p{i}" for i in range(3, 8))
@@ -42,9 +42,13 @@ def gfl_on_features(
     num_convs: int = 4,
     conv_dim: int = 64,
     reg_max: int = 16,
+    criterion: dict | None = None,
     **kwargs,
 ) -> GFL:
-    """GFL on given features; ``kwargs`` go to :class:`GFL`."""
+    """
+    GFL on given features; ``criterion`` has arguments of :class:`GFLCriterion`, ``kwargs`` go to
+    :class:`GFL`.
+    """
     backbone = GivenFeatures(features)
     shapes = backbone.output_shape()
     names = list(shapes)
@@ -65,6 +69,7 @@ def gfl_on_features(
             offset=0.0,
         ),
         assigner=ATSSAssigner(topk=9),
+        criterion=GFLCriterion(num_classes=num_classes, reg_max=reg_max, **(criterion or {})),
         pixel_mean=[0.0, 0.0, 0.0],
         pixel_std=[1.0, 1.0, 1.0],
         **kwargs,

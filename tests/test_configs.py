@@ -172,7 +172,7 @@ def test_values_reach_the_model():
     )
     assert model.head.bbox_pred.out_channels == 4 * 8
     assert model.assigner.topk == 5
-    assert model.qfl_beta == 2.5
+    assert model.criterion.qfl_beta == 2.5
     assert model.head.cls_subnet[0].norm is None
     torch.testing.assert_close(model.head.cls_score.bias.sigmoid(), torch.full((3,), 0.05))
     assert (model.test_score_thresh, model.test_nms_thresh) == (0.3, 0.4)

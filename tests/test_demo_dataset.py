@@ -6,11 +6,9 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from scripts import load_script
 
-DEMO = Path(__file__).resolve().parents[1] / "demo"
-sys.path.insert(0, str(DEMO))
-import make_dataset as demo  # noqa: E402
-
+demo = load_script("demo/make_dataset.py")
 WIDTH, HEIGHT = 128, 96
 
 

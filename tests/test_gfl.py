@@ -125,7 +125,7 @@ def test_box_normalizer_min():
     inputs = make_inputs([BOXES[:1], []])
     losses = {}
     for floor in (1e-6, 1e3, 2e3):
-        model = make_model(make_features(), box_normalizer_min=floor)
+        model = make_model(make_features(), criterion={"box_normalizer_min": floor})
         losses[floor], _ = train_losses(model, inputs)
     for name in ("loss_bbox", "loss_dfl"):
         assert_close(losses[1e3][name], 2 * losses[2e3][name])
@@ -136,10 +136,8 @@ def test_box_normalizer_min():
 def test_loss_weights():
     inputs = make_inputs([BOXES, BOXES[:1]])
     plain, _ = train_losses(make_model(make_features()), inputs)
-    weighted = make_model(
-        make_features(), loss_qfl_weight=3.0, loss_bbox_weight=4.0, loss_dfl_weight=1.25
-    )
-    weighted, _ = train_losses(weighted, inputs)
+    weights = {"qfl_weight": 3.0, "bbox_weight": 4.0, "dfl_weight": 1.25}
+    weighted, _ = train_losses(make_model(make_features(), criterion=weights), inputs)
     for name, factor in [("loss_qfl", 3), ("loss_bbox", 2), ("loss_dfl", 5)]:
         assert_close(weighted[name], factor * plain[name])
 

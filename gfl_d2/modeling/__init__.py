@@ -1,6 +1,7 @@
 from .assigner import ATSSAssigner
 from .backbone import build_gfl_resnet_fpn_backbone
 from .box_distribution import bbox_to_distance, distance_to_bbox, integral
+from .criterion import GFLCriterion
 from .gfl import GFL
 from .head import GFLHead
 from .losses import aligned_iou, distribution_focal_loss, giou_loss, quality_focal_loss
@@ -8,6 +9,7 @@ from .losses import aligned_iou, distribution_focal_loss, giou_loss, quality_foc
 __all__ = [
     "GFL",
     "ATSSAssigner",
+    "GFLCriterion",
     "GFLHead",
     "aligned_iou",
     "bbox_to_distance",

@@ -1,4 +1,4 @@
-"""The GFL meta-architecture: assignment, losses and post-processing around the dense head."""
+"""The GFL meta-architecture: assignment, criterion and post-processing around the dense head."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ from torch import Tensor
 from ..config import check_gfl_config
 from ..errors import InputError
 from .assigner import ATSSAssigner
-from .box_distribution import bbox_to_distance, distance_to_bbox, full_precision, integral
-from .distributed import all_reduce_mean
+from .box_distribution import distance_to_bbox, full_precision, integral
+from .criterion import GFLCriterion
 from .head import GFLHead
-from .losses import aligned_iou, distribution_focal_loss, giou_loss, quality_focal_loss
 
 __all__ = ["GFL"]
-
-# How far DFL targets stay below the last bin, as in the reference implementation.
-_DFL_TARGET_MARGIN = 0.1
 
 
 @META_ARCH_REGISTRY.register()
@@ -36,8 +32,8 @@ class GFL(DenseDetector):
     trained to be the IoU of the predicted box (QFL), and whose box sides are predicted as
     distributions (DFL).
 
-    Shapes: N images, R locations over all levels, C classes, n = ``reg_max``, P positive
-    locations over all images. Boxes are XYXY in pixels of the network input, distances in strides.
+    Shapes: N images, L levels, Ri locations on level i, R over all levels, C classes,
+    n = ``reg_max``. Boxes are XYXY in pixels of the network input, distances in strides.
     """
 
     @configurable
@@ -49,11 +45,7 @@ class GFL(DenseDetector):
         head_in_features: list[str],
         anchor_generator: DefaultAnchorGenerator,
         assigner: ATSSAssigner,
-        qfl_beta: float = 2.0,
-        loss_qfl_weight: float = 1.0,
-        loss_bbox_weight: float = 2.0,
-        loss_dfl_weight: float = 0.25,
-        box_normalizer_min: float = 1.0,
+        criterion: GFLCriterion,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
@@ -70,9 +62,7 @@ class GFL(DenseDetector):
             anchor_generator: one square anchor per location.
             assigner: called with the anchors of each level, the ground-truth boxes of an image
                 and a mask of valid anchors, gives the index of the box of each anchor, or -1.
-            qfl_beta: exponent of the modulating factor of QFL.
-            loss_qfl_weight, loss_bbox_weight, loss_dfl_weight: weights of the three losses.
-            box_normalizer_min: lower bound of the normalizer of the box losses.
+            criterion: computes the losses.
             test_score_thresh: only (location, class) pairs that score higher are kept.
             test_topk_candidates: best pairs kept on each level before NMS.
             test_nms_thresh: IoU above which NMS suppresses a box of the same class.
@@ -86,12 +76,7 @@ class GFL(DenseDetector):
         self.reg_max = head.reg_max
         self.anchor_generator = anchor_generator
         self.assigner = assigner
-
-        self.qfl_beta = qfl_beta
-        self.loss_qfl_weight = loss_qfl_weight
-        self.loss_bbox_weight = loss_bbox_weight
-        self.loss_dfl_weight = loss_dfl_weight
-        self.box_normalizer_min = box_normalizer_min
+        self.criterion = criterion
 
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
@@ -127,11 +112,15 @@ class GFL(DenseDetector):
                 offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
             ),
             "assigner": ATSSAssigner(topk=cfg.MODEL.GFL.ATSS_TOPK),
-            "qfl_beta": cfg.MODEL.GFL.QFL_BETA,
-            "loss_qfl_weight": cfg.MODEL.GFL.LOSS_QFL_WEIGHT,
-            "loss_bbox_weight": cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
-            "loss_dfl_weight": cfg.MODEL.GFL.LOSS_DFL_WEIGHT,
-            "box_normalizer_min": cfg.MODEL.GFL.BOX_NORMALIZER_MIN,
+            "criterion": GFLCriterion(
+                num_classes=cfg.MODEL.GFL.NUM_CLASSES,
+                reg_max=cfg.MODEL.GFL.REG_MAX,
+                qfl_beta=cfg.MODEL.GFL.QFL_BETA,
+                qfl_weight=cfg.MODEL.GFL.LOSS_QFL_WEIGHT,
+                bbox_weight=cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
+                dfl_weight=cfg.MODEL.GFL.LOSS_DFL_WEIGHT,
+                box_normalizer_min=cfg.MODEL.GFL.BOX_NORMALIZER_MIN,
+            ),
             "test_score_thresh": cfg.MODEL.GFL.SCORE_THRESH_TEST,
             "test_topk_candidates": cfg.MODEL.GFL.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.GFL.NMS_THRESH_TEST,
@@ -162,20 +151,24 @@ class GFL(DenseDetector):
         matched = [
             self.assigner(anchors, gt.gt_boxes, valid_i) for gt, valid_i in zip(gt_instances, valid)
         ]
-        logits, distributions = self._flatten_predictions(predictions)
-        return self.losses(
-            anchors, logits, distributions, gt_instances, torch.stack(matched), valid
+        logits, distributions = (
+            full_precision(cat(levels, dim=1)) for levels in self._transpose(predictions)
         )
+        centers, strides = _centers_and_strides(anchors, self.anchor_generator.strides)
+        losses, diagnostics = self.criterion(
+            logits, distributions, centers, strides, gt_instances, torch.stack(matched), valid
+        )
+        for name, value in diagnostics.items():
+            get_event_storage().put_scalar(f"gfl/{name}", value.detach())
+        return losses
 
-    def _flatten_predictions(
+    def _transpose(
         self, predictions: tuple[list[Tensor], list[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Per-level maps -> float32 of shape (N, R, C) and (N, R, 4 * (n + 1))."""
-        per_level = self._transpose_dense_predictions(
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level, maps -> shape (N, Ri, C) and (N, Ri, 4 * (n + 1))."""
+        return self._transpose_dense_predictions(
             predictions, [self.num_classes, 4 * (self.reg_max + 1)]
         )
-        logits, distributions = (full_precision(cat(levels, dim=1)) for levels in per_level)
-        return logits, distributions
 
     def _valid_locations(
         self, features: list[Tensor], image_sizes: list[tuple[int, int]]
@@ -203,89 +196,6 @@ class GFL(DenseDetector):
             masks.append(mask.flatten(1))
         return torch.cat(masks, dim=1)
 
-    def losses(
-        self,
-        anchors: list[Boxes],
-        logits: Tensor,
-        distributions: Tensor,
-        gt_instances: list[Instances],
-        matched: Tensor,
-        valid: Tensor,
-    ) -> dict[str, Tensor]:
-        """
-        QFL over all valid locations, divided by the number of positives; GIoU loss and DFL over
-        the positives, weighted by their best score and divided by the sum of these weights. Both
-        divisors are averaged over the processes.
-
-        Args:
-            anchors: per level.
-            logits: shape (N, R, C).
-            distributions: shape (N, R, 4 * (n + 1)), logits.
-            gt_instances: N Instances with ``gt_boxes`` and ``gt_classes``.
-            matched: shape (N, R), int64, index of the ground-truth box of each location, or -1.
-            valid: shape (N, R), bool. Other locations have no loss.
-
-        Returns:
-            dict[str, Tensor]: as :meth:`forward_training`. Finite, and connected to every
-            prediction, also where there is no positive or no ground truth at all.
-        """
-        centers, strides = _centers_and_strides(anchors, self.anchor_generator.strides)
-        image, location = (matched >= 0).nonzero(as_tuple=True)  # (P,) each
-        gt_boxes, gt_classes = _matched_ground_truth(gt_instances, matched, image, location)
-
-        # From here to the losses boxes are in strides of their level.
-        pos_centers = centers[location] / strides[location, None]
-        pos_gt_boxes = gt_boxes / strides[location, None]
-        pos_distributions = distributions[image, location]
-        pos_boxes = distance_to_bbox(pos_centers, integral(pos_distributions, self.reg_max))
-        pos_quality = aligned_iou(pos_boxes.detach(), pos_gt_boxes)
-        pos_weights = logits.detach()[image, location].amax(dim=1).sigmoid()
-        distances = bbox_to_distance(pos_centers, pos_gt_boxes)
-
-        labels = torch.full_like(matched, self.num_classes)
-        labels[image, location] = gt_classes
-        quality = torch.zeros_like(logits[..., 0])
-        quality[image, location] = pos_quality
-
-        num_pos = (matched >= 0).sum(dim=1)
-        num_pos_norm, box_norm = all_reduce_mean(
-            torch.stack((num_pos.clamp(min=1).sum().to(pos_weights), pos_weights.sum()))
-        ).unbind()
-        box_norm = box_norm.clamp(min=self.box_normalizer_min)
-        self._log_positives(num_pos, pos_quality, distances)
-
-        # Indexing by the mask, not multiplying with it: an infinite logit in the padding times
-        # zero would be NaN.
-        loss_qfl = quality_focal_loss(
-            logits[valid], labels[valid], quality[valid], beta=self.qfl_beta, reduction="sum"
-        )
-        loss_bbox = giou_loss(pos_boxes, pos_gt_boxes)
-        loss_dfl = distribution_focal_loss(
-            pos_distributions.reshape(-1, self.reg_max + 1),
-            distances.clamp(min=0, max=self.reg_max - _DFL_TARGET_MARGIN).flatten(),
-        ).view(-1, 4)
-        return {
-            "loss_qfl": self.loss_qfl_weight * loss_qfl / num_pos_norm,
-            "loss_bbox": self.loss_bbox_weight * (pos_weights * loss_bbox).sum() / box_norm,
-            "loss_dfl": self.loss_dfl_weight
-            * (pos_weights * loss_dfl.mean(dim=1)).sum()
-            / box_norm,
-        }
-
-    @torch.no_grad()
-    def _log_positives(self, num_pos: Tensor, quality: Tensor, distances: Tensor) -> None:
-        """
-        Put in the event storage what tells whether training goes well: positives per image, their
-        mean quality, and the fraction of their box sides beyond the range of the distribution. If
-        the last is not small, objects are too large for ``MODEL.GFL.REG_MAX`` strides.
-        """
-        is_beyond = (distances > self.reg_max).float()
-        num_sides = max(is_beyond.numel(), 1)
-        storage = get_event_storage()
-        storage.put_scalar("gfl/num_pos_per_image", num_pos.float().mean())
-        storage.put_scalar("gfl/pos_quality", quality.sum() / max(len(quality), 1))
-        storage.put_scalar("gfl/frac_sides_beyond_reg_max", is_beyond.sum() / num_sides)
-
     def forward_inference(
         self,
         images: ImageList,
@@ -303,9 +213,7 @@ class GFL(DenseDetector):
             ``pred_classes``, by descending score.
         """
         anchors = self.anchor_generator(features)
-        logits, distributions = self._transpose_dense_predictions(
-            predictions, [self.num_classes, 4 * (self.reg_max + 1)]
-        )
+        logits, distributions = self._transpose(predictions)
         return [
             self._inference_single_image(
                 anchors, [x[i] for x in logits], [x[i] for x in distributions], image_size
@@ -371,15 +279,3 @@ def _centers_and_strides(anchors: list[Boxes], strides: list[int]) -> tuple[Tens
         centers.new_full((len(anchors_i),), stride) for anchors_i, stride in zip(anchors, strides)
     ]
     return centers, torch.cat(per_location)
-
-
-def _matched_ground_truth(
-    gt_instances: list[Instances], matched: Tensor, image: Tensor, location: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Boxes (P, 4) and classes (P,) of the ground truth matched to the positives."""
-    boxes = torch.cat([gt.gt_boxes.tensor for gt in gt_instances])
-    classes = torch.cat([gt.gt_classes for gt in gt_instances])
-    counts = torch.tensor([len(gt) for gt in gt_instances], device=matched.device)
-    first = counts.cumsum(dim=0) - counts  # of each image, in the concatenated ground truth
-    index = first[image] + matched[image, location]
-    return boxes[index], classes[index]
