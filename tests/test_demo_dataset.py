@@ -1,11 +1,11 @@
 import json
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+
 from scripts import load_script
 
 demo = load_script("demo/make_dataset.py")
