@@ -21,7 +21,7 @@ help:
 	@echo "make lint       check the code's style; needs no environment"
 	@echo "make format     correct the code's style"
 	@echo "make demo       run the demo, in the environment (built if needed)"
-	@echo "make clean      remove build products and outputs"
+	@echo "make clean      remove build products and the outputs of the demo"
 	@echo "make distclean  make clean, and remove the environments"
 	@echo
 	@echo "Variables:"
@@ -58,7 +58,7 @@ format: $(LINT_VENV)/complete
 	$(LINT_VENV)/bin/ruff format --config dev/ruff.toml .
 
 clean:
-	rm -rf build dist output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist output/demo *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path "./.venv*" -prune -exec rm -rf {} +
 
 distclean: clean

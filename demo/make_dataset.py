@@ -7,6 +7,8 @@ different sizes, which overlap, on cluttered backgrounds, some of them blurred.
 
 gives ``train.json``, ``val.json`` and the folders ``train`` and ``val``.
 
+A class is a shape with a preference for a hue; hues of neighbouring classes overlap.
+
 Boxes enclose the *visible* part of an object: the pixels inside the image that no later object
 covers. Objects of which less than half can be seen are not drawn in the first place, so everything
 in an image that belongs to a class is annotated.
@@ -15,6 +17,7 @@ in an image that belongs to a class is annotated.
 from __future__ import annotations
 
 import argparse
+import colorsys
 import json
 import os
 from collections.abc import Callable
@@ -182,7 +185,8 @@ def _draw_layer(
     alpha = np.zeros((side, side), np.uint8)
     points = [np.round((c + side / 2) * 16).astype(np.int32) for c in contours]
     cv2.fillPoly(alpha, points, 255, cv2.LINE_AA, shift=4)
-    layer = _Layer(_draw_texture(rng, side, radius), alpha.astype(np.float32) / 255, label)
+    texture = _draw_texture(rng, side, radius, label)
+    layer = _Layer(texture, alpha.astype(np.float32) / 255, label)
     if rng.random() < 0.3:
         kernel = _blur_kernel(rng, radius)
         layer.alpha = cv2.filter2D(layer.alpha, -1, kernel)
@@ -204,8 +208,14 @@ def _blur_kernel(rng: np.random.Generator, radius: float) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def _draw_texture(rng: np.random.Generator, side: int, radius: float) -> np.ndarray:
-    """Two colours in some pattern, lit from one side. (side, side, 3), float32 in [0, 255]."""
+def _draw_texture(
+    rng: np.random.Generator, side: int, radius: float, label: int | None
+) -> np.ndarray:
+    """
+    Two colours in some pattern, lit from one side: shades of one hue, which is near that of the
+    class. (side, side, 3), float32 in [0, 255].
+    """
+    hue = rng.random() if label is None else (label + rng.normal(0, 0.25)) / len(CLASSES) % 1
     x, y = np.meshgrid(*[np.arange(side, dtype=np.float32) - side / 2] * 2)
     direction = _rotation(rng.uniform(0, 2 * np.pi))[0]
     along, across = x * direction[0] + y * direction[1], y * direction[0] - x * direction[1]
@@ -222,7 +232,7 @@ def _draw_texture(rng: np.random.Generator, side: int, radius: float) -> np.ndar
     else:
         mix = _noise(rng, side, side, period)
     mix = mix.astype(np.float32)[..., None] * rng.uniform(0.3, 0.9)
-    color = (1 - mix) * _random_color(rng) + mix * _random_color(rng)
+    color = (1 - mix) * _random_color(rng, hue) + mix * _random_color(rng, hue)
     light = 1 + rng.uniform(0.1, 0.45) * along / radius
     return (color * light[..., None]).clip(0, 255).astype(np.float32)
 
@@ -233,10 +243,11 @@ def _draw_background(rng: np.random.Generator, width: int, height: int, scale: f
         weight * _noise(rng, width, height, period * scale)
         for weight, period in ((0.6, 80), (0.3, 25), (0.2 * rng.random(), 6))
     )[..., None]
-    image = (1 - mix) * _random_color(rng) + mix * _random_color(rng)
+    colors = [_random_color(rng, max_saturation=0.4) for _ in range(2)]
+    image = (1 - mix) * colors[0] + mix * colors[1]
     image *= 0.85 + 0.3 * _noise(rng, width, height, rng.uniform(1.5, 4) * scale)[..., None]
     image = np.ascontiguousarray(image.clip(0, 255), dtype=np.float32)
-    for _ in range(rng.integers(8, 30)):
+    for _ in range(rng.integers(5, 15)):
         _draw_clutter(rng, image, scale)
     return image
 
@@ -276,9 +287,13 @@ def _noise(rng: np.random.Generator, width: int, height: int, period: float) -> 
     return cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
 
-def _random_color(rng: np.random.Generator) -> np.ndarray:
-    """RGB, in [0, 255], from grey to vivid."""
-    return rng.uniform(30, 255) * (1 - rng.uniform(0, 0.9) * rng.permutation([0, rng.random(), 1]))
+def _random_color(
+    rng: np.random.Generator, hue: float | None = None, max_saturation: float = 1.0
+) -> np.ndarray:
+    """RGB in [0, 255]; ``hue`` in [0, 1), any by default."""
+    hue = rng.random() if hue is None else hue
+    saturation = max_saturation * rng.uniform(0.5, 1)
+    return rng.uniform(60, 255) * np.array(colorsys.hsv_to_rgb(hue, saturation, 1))
 
 
 def _rotation(angle: float) -> np.ndarray:

@@ -5,8 +5,8 @@ from ._dependencies import check_dependencies
 check_dependencies()
 
 from . import modeling  # noqa: E402, F401 (registers what configs name)
-from .config import add_gfl_config  # noqa: E402
+from .config import add_gfl_config, load_config  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["add_gfl_config"]
+__all__ = ["add_gfl_config", "load_config"]

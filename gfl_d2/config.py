@@ -1,73 +1,121 @@
 """Configuration keys of GFL, in the style of :mod:`detectron2.config.defaults`."""
 
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+from detectron2.layers import get_norm
 
 from .errors import InputError
 
-__all__ = ["add_gfl_config", "check_gfl_config"]
+__all__ = ["add_gfl_config", "check_gfl_config", "load_config"]
+
+logger = logging.getLogger(__name__)
 
 
 def add_gfl_config(cfg: CN) -> None:
     """Add the keys of this project, with their defaults, to a Detectron2 config (in place)."""
-    _C = cfg
-
     # Datasets in COCO format to register before use: a list of [name, json_file, image_root].
     # Relative paths are looked for in the current directory, then in $DETECTRON2_DATASETS.
-    _C.DATASETS.REGISTER = []
+    cfg.DATASETS.REGISTER = []
 
-    # Metric whose best value keeps `model_best.pth`, e.g. "bbox/AP"; "" keeps none.
-    # Needs TEST.EVAL_PERIOD > 0.
-    _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
+    # Metric whose best value keeps `model_best.pth`, e.g. "bbox/AP", or "<dataset>/bbox/AP" when
+    # DATASETS.TEST has several; "" keeps none. Needs TEST.EVAL_PERIOD > 0.
+    cfg.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
 
-    # Train under autocast to bfloat16, on a CPU or GPU that has it. It needs no gradient scaling,
-    # unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
-    _C.SOLVER.BF16 = False
+    # Train under autocast to bfloat16, where the CPU or GPU has it (float32 elsewhere). It needs no
+    # gradient scaling, unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
+    cfg.SOLVER.BF16 = False
 
     # Start every residual block as the identity, by a zero scale in its last normalization: for
-    # training from random initialization with build_gfl_resnet_fpn_backbone. Needs a trainable
-    # MODEL.RESNETS.NORM.
-    _C.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False
+    # training from random initialization. Only with MODEL.BACKBONE.NAME
+    # "build_gfl_resnet_fpn_backbone", a trainable MODEL.RESNETS.NORM and BACKBONE.FREEZE_AT < 2.
+    cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False
 
-    _C.MODEL.GFL = CN()
+    # Detectron2's keys that take one value more with this project's trainer:
+    # INPUT.RANDOM_FLIP "both", SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model".
+
+    cfg.MODEL.GFL = CN()
     # Number of foreground classes, >= 1.
-    _C.MODEL.GFL.NUM_CLASSES = 80
+    cfg.MODEL.GFL.NUM_CLASSES = 80
     # Backbone features used by the head, from high to low resolution. All need the same channels.
-    _C.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # Convolutions in each of the two towers (classification and box), >= 0.
-    _C.MODEL.GFL.NUM_CONVS = 4
+    cfg.MODEL.GFL.NUM_CONVS = 4
     # Channels of the towers, >= 1; when NORM is "GN" a multiple of 32, >= 64 (its 32 groups need
     # more than one value each, also on a map of 1x1).
-    _C.MODEL.GFL.CONV_DIM = 256
+    cfg.MODEL.GFL.CONV_DIM = 256
     # Normalization in the towers: any name known to detectron2.layers.get_norm, "" for none.
-    _C.MODEL.GFL.NORM = "GN"
+    cfg.MODEL.GFL.NORM = "GN"
     # Score of every class at the start of training, in (0, 1); sets the classifier's bias.
-    _C.MODEL.GFL.PRIOR_PROB = 0.01
+    cfg.MODEL.GFL.PRIOR_PROB = 0.01
     # n, the last bin of the box distributions, in strides: n + 1 bins, distances in [0, n]. >= 1.
-    _C.MODEL.GFL.REG_MAX = 16
+    cfg.MODEL.GFL.REG_MAX = 16
 
     # Side of the one square anchor of a location, in strides, > 0. The anchor centre of cell
     # (i, j) is at ((i + o) * stride, (j + o) * stride), o = MODEL.ANCHOR_GENERATOR.OFFSET (0.0).
-    _C.MODEL.GFL.ANCHOR_SCALE = 8.0
+    cfg.MODEL.GFL.ANCHOR_SCALE = 8.0
     # Candidates per level and ground-truth box in the ATSS assignment, >= 1.
-    _C.MODEL.GFL.ATSS_TOPK = 9
+    cfg.MODEL.GFL.ATSS_TOPK = 9
 
     # Exponent beta of the modulating factor |y - sigma|^beta of QFL: 0, or >= 1.
-    _C.MODEL.GFL.QFL_BETA = 2.0
+    cfg.MODEL.GFL.QFL_BETA = 2.0
     # Weights of the three losses, >= 0.
-    _C.MODEL.GFL.LOSS_QFL_WEIGHT = 1.0
-    _C.MODEL.GFL.LOSS_BBOX_WEIGHT = 2.0
-    _C.MODEL.GFL.LOSS_DFL_WEIGHT = 0.25
+    cfg.MODEL.GFL.LOSS_QFL_WEIGHT = 1.0
+    cfg.MODEL.GFL.LOSS_BBOX_WEIGHT = 2.0
+    cfg.MODEL.GFL.LOSS_DFL_WEIGHT = 0.25
     # Lower bound, > 0, of the sum of the positives' scores by which the box losses are divided.
     # 1.0 is the reference implementation's. It shrinks both box losses while that sum is smaller,
     # at the very start of training or with few objects an image; a small value prevents that.
-    _C.MODEL.GFL.BOX_NORMALIZER_MIN = 1.0
+    cfg.MODEL.GFL.BOX_NORMALIZER_MIN = 1.0
 
     # Inference. Only (location, class) pairs that score higher than this are kept, in [0, 1).
-    _C.MODEL.GFL.SCORE_THRESH_TEST = 0.05
+    cfg.MODEL.GFL.SCORE_THRESH_TEST = 0.05
     # Best pairs kept on each level before NMS, >= 1.
-    _C.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
     # IoU above which NMS suppresses a box of the same class, in [0, 1].
-    _C.MODEL.GFL.NMS_THRESH_TEST = 0.6
+    cfg.MODEL.GFL.NMS_THRESH_TEST = 0.6
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+    """
+    Read a config file, change it by ``KEY VALUE`` pairs and check the values.
+
+    Args:
+        config_file: a yaml file, which may have a ``_BASE_``.
+        opts: alternately keys and values.
+
+    Returns:
+        CfgNode: frozen. ``MODEL.DEVICE`` is "cpu" where there is no GPU.
+
+    Raises:
+        InputError: the file is missing or malformed, or a key or value is wrong.
+    """
+    if not os.path.isfile(config_file):
+        raise InputError(f"Config file '{config_file}' does not exist")
+    cfg = get_cfg()
+    add_gfl_config(cfg)
+    # What yacs raises for files and options that it cannot use.
+    errors = (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError)
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(opts))
+    except (*errors, yaml.YAMLError) as error:
+        raise InputError(f"Config file '{config_file}' or options: {error}") from None
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU: using the CPU.")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.META_ARCHITECTURE == "GFL":
+        check_gfl_config(cfg)
+    _check_general_config(cfg)
+    cfg.freeze()
+    return cfg
 
 
 def check_gfl_config(cfg: CN) -> None:
@@ -98,20 +146,44 @@ def check_gfl_config(cfg: CN) -> None:
         "NMS_THRESH_TEST": (0 <= gfl.NMS_THRESH_TEST <= 1, "in [0, 1]"),
     }
     for key, (holds, allowed) in rules.items():
-        if not holds:
-            raise InputError(f"MODEL.GFL.{key} must be {allowed}, got {gfl[key]!r}")
-    if gfl.NORM == "GN" and gfl.NUM_CONVS > 0 and (gfl.CONV_DIM % 32 or gfl.CONV_DIM < 64):
-        raise InputError(
-            "MODEL.GFL.CONV_DIM must be a multiple of 32, and at least 64, when MODEL.GFL.NORM is "
-            f"'GN', got {gfl.CONV_DIM}"
-        )
-    if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL and cfg.MODEL.RESNETS.NORM in ("", "FrozenBN"):
-        raise InputError(
-            "MODEL.RESNETS.ZERO_INIT_RESIDUAL needs a trainable MODEL.RESNETS.NORM such as 'BN', "
-            f"not {cfg.MODEL.RESNETS.NORM!r}"
-        )
-    if not 0 <= cfg.MODEL.ANCHOR_GENERATOR.OFFSET < 1:
-        raise InputError(
-            "MODEL.ANCHOR_GENERATOR.OFFSET must be in [0, 1), "
-            f"got {cfg.MODEL.ANCHOR_GENERATOR.OFFSET}"
-        )
+        _require(holds, f"MODEL.GFL.{key}", allowed, gfl[key])
+    try:
+        get_norm(gfl.NORM, 64)
+    except KeyError:
+        allowed = "the name of a normalization, such as 'GN', or ''"
+        _require(False, "MODEL.GFL.NORM", allowed, gfl.NORM)
+    _require(
+        gfl.NORM != "GN" or gfl.NUM_CONVS == 0 or (gfl.CONV_DIM % 32 == 0 and gfl.CONV_DIM >= 64),
+        "MODEL.GFL.CONV_DIM",
+        "a multiple of 32, and at least 64, when MODEL.GFL.NORM is 'GN'",
+        gfl.CONV_DIM,
+    )
+    offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
+    _require(0 <= offset < 1, "MODEL.ANCHOR_GENERATOR.OFFSET", "in [0, 1)", offset)
+    number = cfg.TEST.DETECTIONS_PER_IMAGE
+    _require(number >= 1, "TEST.DETECTIONS_PER_IMAGE", ">= 1", number)
+
+
+def _check_general_config(cfg: CN) -> None:
+    """Check the keys that this project adds to Detectron2's, for whatever meta-architecture."""
+    if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL:
+        when = "when MODEL.RESNETS.ZERO_INIT_RESIDUAL is True"
+        name, builder = cfg.MODEL.BACKBONE.NAME, "build_gfl_resnet_fpn_backbone"
+        _require(name == builder, "MODEL.BACKBONE.NAME", f"{builder!r} {when}", name)
+        # A frozen block with a zero scale would stay the identity for ever.
+        norm, freeze_at = cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT
+        is_trainable = norm not in ("", "FrozenBN")
+        _require(is_trainable, "MODEL.RESNETS.NORM", f"a trainable one {when}", norm)
+        _require(freeze_at < 2, "MODEL.BACKBONE.FREEZE_AT", f"< 2 {when}", freeze_at)
+
+    flip, flips = cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical", "both")
+    _require(flip in flips, "INPUT.RANDOM_FLIP", f"one of {flips}", flip)
+    clip, clips = cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, ("value", "norm", "full_model")
+    _require(clip in clips, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", f"one of {clips}", clip)
+    both = cfg.SOLVER.BF16 and cfg.SOLVER.AMP.ENABLED
+    _require(not both, "SOLVER.BF16", "False when SOLVER.AMP.ENABLED is True", cfg.SOLVER.BF16)
+
+
+def _require(holds: bool, key: str, allowed: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"{key} must be {allowed}, got {value!r}")

@@ -1,13 +1,27 @@
-"""Training in lower precision."""
+"""Lower precision, where it is safe, and float32, where it is not."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["autocast_in_training"]
+__all__ = ["autocast_in_training", "full_precision", "has_fast_bfloat16"]
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half-precision tensors in float32; others, float64 included, as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def has_fast_bfloat16(device_type: str) -> bool:
+    """Whether convolutions in bfloat16 are not slower than in float32 on this machine."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Not in every version of PyTorch, nor on every processor.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def autocast_in_training(model: nn.Module, device_type: str, dtype: torch.dtype) -> nn.Module:

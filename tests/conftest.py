@@ -3,13 +3,18 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import settings
+
+# The same examples every time, however slow the machine is at the moment.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with photographs and their annotations, where there is one."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("GFL_D2_TEST_DATA", default))
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"  # of the checkout
+    folder = Path(os.environ.get("GFL_D2_TEST_DATA", beside))
     if not folder.is_dir():
         pytest.skip("no photographs to test with: set GFL_D2_TEST_DATA")
     return folder

@@ -69,7 +69,7 @@ def gfl_on_features(
             offset=0.0,
         ),
         assigner=ATSSAssigner(topk=9),
-        criterion=GFLCriterion(num_classes=num_classes, reg_max=reg_max, **(criterion or {})),
+        criterion=GFLCriterion(**(criterion or {})),
         pixel_mean=[0.0, 0.0, 0.0],
         pixel_std=[1.0, 1.0, 1.0],
         **kwargs,

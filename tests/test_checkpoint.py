@@ -4,28 +4,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from gfl_d2 import add_gfl_config
+from gfl_d2 import load_config
 from gfl_d2.checkpoint import GFLCheckpointer
 from gfl_d2.errors import InputError
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Base-GFL.yaml"
 
 
-def build(num_classes: int = 3, depth: int = 18, conv_dim: int = 32, num_convs: int = 1):
-    cfg = get_cfg()
-    add_gfl_config(cfg)
-    cfg.merge_from_file(str(CONFIG))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.DEPTH = depth
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.FPN.OUT_CHANNELS = 32
-    cfg.MODEL.GFL.CONV_DIM = conv_dim
-    cfg.MODEL.GFL.NUM_CONVS = num_convs
-    cfg.MODEL.GFL.NUM_CLASSES = num_classes
-    return build_model(cfg)
+def build(num_classes: int = 3, depth: int = 18, conv_dim: int = 64, num_convs: int = 1):
+    opts = [
+        *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", depth),
+        *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32),
+        *("MODEL.GFL.CONV_DIM", conv_dim, "MODEL.GFL.NUM_CONVS", num_convs),
+        *("MODEL.GFL.NUM_CLASSES", num_classes),
+    ]
+    return build_model(load_config(str(CONFIG), opts))
 
 
 def save(model, path, drop: str = ""):
@@ -79,13 +74,13 @@ def test_other_number_of_classes_starts_the_classifier_anew(tmp_path, caplog):
 def test_other_number_of_classes_is_an_error_in_evaluation(tmp_path):
     path = save(build(num_classes=3), tmp_path / "model.pth")
     message = load_error(build(num_classes=7), path, complete=True)
-    assert "head.cls_score.weight is (3, 32, 3, 3), not (7, 32, 3, 3)" in message
+    assert "head.cls_score.weight is (3, 64, 3, 3), not (7, 64, 3, 3)" in message
 
 
 def test_other_width_is_an_error(tmp_path):
-    path = save(build(conv_dim=32), tmp_path / "model.pth")
-    message = load_error(build(conv_dim=64), path)
-    assert "head.cls_subnet.0.weight is (32, 32, 3, 3), not (64, 32, 3, 3)" in message
+    path = save(build(conv_dim=64), tmp_path / "model.pth")
+    message = load_error(build(conv_dim=96), path)
+    assert "head.cls_subnet.0.weight is (64, 32, 3, 3), not (96, 32, 3, 3)" in message
 
 
 @pytest.mark.parametrize(
@@ -185,8 +180,8 @@ def test_resuming_needs_every_parameter(tmp_path):
 
 
 def test_failed_load_writes_nothing(tmp_path):
-    path = save(build(conv_dim=32), tmp_path / "model.pth")
+    path = save(build(conv_dim=64), tmp_path / "model.pth")
     content = (tmp_path / "model.pth").read_bytes()
-    load_error(build(conv_dim=64), path, save_dir=str(tmp_path))
+    load_error(build(conv_dim=96), path, save_dir=str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
     assert (tmp_path / "model.pth").read_bytes() == content

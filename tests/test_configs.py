@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -17,7 +16,7 @@ from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from torch import nn
 
-from gfl_d2 import add_gfl_config
+from gfl_d2 import load_config
 from gfl_d2.errors import InputError
 from gfl_d2.modeling import GFL
 
@@ -27,11 +26,7 @@ PUBLISHED = json.loads((Path(__file__).parent / "complexity.json").read_text())
 
 
 def load(name: str, *opts):
-    cfg = get_cfg()
-    add_gfl_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *opts])
-    return cfg
+    return load_config(str(ROOT / "configs" / f"{name}.yaml"), ["MODEL.DEVICE", "cpu", *opts])
 
 
 def small(*opts):
@@ -90,11 +85,19 @@ def test_complexity(name):
         assert golden["macs_256x256"] > PUBLISHED[name.replace("_DCN", "")]["macs_256x256"]
 
 
-def test_complexity_of_the_paper():
-    """R-50 at 1280x800: 207.6 GMACs and 32.44 M parameters."""
-    model = build_model(load("gfl_R_50_FPN_1x"))
-    assert round(count_parameters(model) / 1e6, 2) == 32.44
-    assert round(count_macs(model, 800, 1280) / 1e9, 1) == 207.6
+@pytest.mark.parametrize(
+    ("name", "gmacs", "million_parameters"),
+    [
+        ("gfl_R_50_FPN_1x", 207.6, 32.44),
+        ("gfl_R_101_FPN_ms_2x", 283.4, 51.43),
+        ("gfl_X_101_32x4d_FPN_ms_2x", 286.8, 51.06),
+    ],
+)
+def test_published_complexity(name, gmacs, million_parameters):
+    """At 1280x800, convolutions only."""
+    model = build_model(load(name))
+    assert count_parameters(model) / 1e6 == pytest.approx(million_parameters, abs=0.005)
+    assert count_macs(model, 800, 1280) / 1e9 == pytest.approx(gmacs, abs=0.06)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -130,6 +133,9 @@ def test_schedules_of_the_published_models():
         ("NUM_CLASSES", 0),
         ("IN_FEATURES", []),
         ("IN_FEATURES", ["p3", "p9"]),
+        ("IN_FEATURES", ["p4", "p3"]),
+        ("IN_FEATURES", ["p3", "p3"]),
+        ("NORM", "XY"),
         ("NUM_CONVS", -1),
         ("CONV_DIM", 48),
         ("CONV_DIM", 32),
@@ -149,16 +155,42 @@ def test_schedules_of_the_published_models():
 )
 def test_bad_values_name_their_key(key, value):
     with pytest.raises(InputError, match=f"MODEL.GFL.{key}"):
-        build_model(small(f"MODEL.GFL.{key}", value))
+        build_model(small(f"MODEL.GFL.{key}", value))  # some need the backbone to be seen
 
 
-def test_other_bad_values_name_their_key():
-    with pytest.raises(InputError, match="ANCHOR_GENERATOR"):
-        build_model(small("MODEL.ANCHOR_GENERATOR.OFFSET", 1.0))
-    with pytest.raises(InputError, match="ZERO_INIT_RESIDUAL"):
-        build_model(small("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", ""))
-    with pytest.raises(KeyError, match="REGMAX"):
-        small("MODEL.GFL.REGMAX", 16)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", 1.0),
+        ("TEST.DETECTIONS_PER_IMAGE", 0),
+        ("INPUT.RANDOM_FLIP", "diagonal"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "model"),
+        ("MODEL.RESNETS.NORM", "FrozenBN"),  # contradicts ZERO_INIT_RESIDUAL, as the next two
+        ("MODEL.BACKBONE.FREEZE_AT", 2),
+        ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+        ("MODEL.GFL.REGMAX", 16),  # no such key
+        ("MODEL.GFL.REG_MAX", "many"),
+    ],
+)
+def test_other_bad_values_name_their_key(key, value):
+    with pytest.raises(InputError, match=key.rsplit(".")[-1]):
+        small(key, value)
+
+
+def test_bf16_and_amp_exclude_each_other():
+    with pytest.raises(InputError, match="SOLVER.AMP.ENABLED"):
+        small("SOLVER.BF16", True, "SOLVER.AMP.ENABLED", True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a list", "MODEL: {GFL: [}", "_BASE_: absent.yaml", "MODEL: 3", "MODEL: {X: 1}"]
+)
+def test_malformed_files(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    if text:
+        with pytest.raises(InputError, match=r"broken\.yaml"):
+            load_config(str(path))
 
 
 def test_values_reach_the_model():
@@ -207,7 +239,10 @@ def test_default_predictor():
     ],
 )
 def test_any_pyramid_will_do(name, in_features):
-    cfg = small("MODEL.BACKBONE.NAME", name, "MODEL.GFL.IN_FEATURES", in_features)
+    cfg = small(
+        *("MODEL.BACKBONE.NAME", name, "MODEL.GFL.IN_FEATURES", in_features),
+        *("MODEL.RESNETS.ZERO_INIT_RESIDUAL", False),
+    )
     model = build_model(cfg)
     assert isinstance(model, GFL)
     gt = Instances((64, 96))

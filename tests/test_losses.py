@@ -88,7 +88,7 @@ class TestQualityFocalLoss:
 
 class TestDistributionFocalLoss:
     @given(target=st.floats(0, 8))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_optimum_reproduces_the_target(self, target):
         """The best distribution is on the two neighbouring bins, and its expectation is y."""
         logits = torch.zeros(1, 9, dtype=torch.float64, requires_grad=True)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data.datasets import load_coco_json
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from gfl_d2 import add_gfl_config
+from gfl_d2 import load_config
 from gfl_d2.data import GFLDatasetMapper
 from scripts import ROOT
 
-PUBLISHED = [
-    "gfl_R_50_FPN_1x",
-    "gfl_R_50_FPN_ms_2x",
-    "gfl_R_101_FPN_ms_2x",
-    "gfl_R_101_DCN_FPN_ms_2x",
-    "gfl_X_101_32x4d_FPN_ms_2x",
-    "gfl_X_101_32x4d_DCN_FPN_ms_2x",
-]
+PUBLISHED = sorted(json.loads((ROOT / "tests" / "complexity.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +27,8 @@ def coco(real_data):
 
 
 def load(name, *opts):
-    cfg = get_cfg()
-    add_gfl_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts])
-    return cfg
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts]
+    return load_config(str(ROOT / "configs" / f"{name}.yaml"), opts)
 
 
 def test_training_step_at_full_size(coco):

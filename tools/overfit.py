@@ -30,11 +30,18 @@ def take_images(data: dict, count: int) -> dict:
     return {**data, "images": images, "annotations": annotations}
 
 
+def read_ap(metrics_file: Path) -> float:
+    """AP of the last evaluation, in percent."""
+    lines = metrics_file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["bbox/AP"] for line in lines if '"bbox/AP"' in line][-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("json_file", type=Path, help="annotations in COCO format")
     parser.add_argument("image_root", type=Path, help="folder of the images")
     parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--min-ap", type=float, default=60.0, help="fail below this AP")
     parser.add_argument("--output", type=Path, default=Path("output/overfit"))
     parser.add_argument("opts", nargs="*", help="options for train_net.py, after a --")
     args = parser.parse_args()
@@ -51,7 +58,13 @@ def main() -> None:
         *("MODEL.GFL.NUM_CLASSES", str(len(data["categories"]))),
         *("OUTPUT_DIR", str(args.output.resolve())),
     ]
-    sys.exit(subprocess.run([*command, *args.opts], check=False).returncode)
+    status = subprocess.run([*command, *args.opts], check=False).returncode
+    if status:
+        sys.exit(status)
+    ap = read_ap(args.output / "metrics.json")
+    print(f"AP on the images trained on: {ap:.1f}")
+    if not ap >= args.min_ap:  # so that NaN fails too
+        sys.exit(f"AP is {ap:.1f}, and at least {args.min_ap:g} was expected")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ import sys
 from pathlib import Path
 
 import cv2
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 
-from gfl_d2 import add_gfl_config
+from gfl_d2.config import load_config
 from gfl_d2.data import register_datasets
 from gfl_d2.errors import InputError
 from gfl_d2.visualization import draw_comparison, results_to_instances, stack_rows
@@ -54,11 +53,8 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, after a --")
     args = parser.parse_args()
 
-    cfg = get_cfg()
-    add_gfl_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
     try:
+        cfg = load_config(args.config_file, args.opts)
         register_datasets(cfg, required=cfg.DATASETS.TEST)
     except InputError as error:
         sys.exit(f"Error: {error}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
+import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
@@ -14,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from ..errors import InputError
 from .coco_format import register_coco_format, registered_summary
 
-__all__ = ["check_datasets", "load_training_dicts", "register_datasets"]
+__all__ = ["check_datasets", "load_training_dicts", "loading", "register_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,12 +128,26 @@ def load_training_dicts(cfg: CfgNode) -> list[dict]:
     Raises:
         InputError: nothing is left.
     """
-    try:
+    with loading(cfg.DATASETS.TRAIN):
         return get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
-    except AssertionError as error:  # this is how Detectron2 reports empty datasets
-        raise InputError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from None
+
+
+@contextlib.contextmanager
+def loading(names: Sequence[str]) -> Iterator[None]:
+    """
+    Around code in which Detectron2 loads registered datasets: what their files make it raise
+    (AssertionError is how it reports empty and ambiguous ones) becomes an InputError.
+    """
+    try:
+        yield
+    except (AssertionError, KeyError, OSError, json.JSONDecodeError) as error:
+        files = {MetadataCatalog.get(name).get("json_file") for name in names} - {None}
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"Dataset {', '.join(names)} ({', '.join(sorted(files))}) cannot be loaded: {reason}"
+        ) from None
 
 
 def _check_exists(name: str) -> None:
@@ -177,7 +193,8 @@ def _class_names(name: str) -> list[str] | None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         # Detectron2's register_coco_instances knows them only when the data has been loaded.
-        DatasetCatalog.get(name)
+        with loading([name]):
+            DatasetCatalog.get(name)
     return metadata.get("thing_classes")
 
 

@@ -6,12 +6,15 @@ import torch
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from .losses import aligned_iou
+from .box_distribution import aligned_iou
 
 __all__ = ["ATSSAssigner"]
 
 # A location is positive only if its distance to every side of the box exceeds this, in pixels.
 _MIN_CENTER_DISTANCE = 0.01
+# Distances between boxes and anchors held at a time: 64 MiB. Thousands of boxes in a large image
+# would need gigabytes.
+_MAX_DISTANCES = 2**24
 
 
 class ATSSAssigner:
@@ -63,7 +66,7 @@ class ATSSAssigner:
         if len(gt_boxes) == 0:
             return torch.full_like(valid, -1, dtype=torch.int64)
 
-        gt = gt_boxes.tensor.to(all_anchors.dtype)
+        gt = gt_boxes.tensor
         index, is_candidate = self._candidates(anchors, gt_boxes.get_centers(), valid)  # (M, K)
         candidates = all_anchors[index]  # (M, K, 4)
         iou = aligned_iou(candidates, gt[:, None, :])  # (M, K)
@@ -87,18 +90,31 @@ class ATSSAssigner:
         first = 0
         for anchors_i in anchors:
             last = first + len(anchors_i)
-            distance = torch.cdist(
-                gt_centers,
-                anchors_i.get_centers(),
-                # The matrix product that is faster for many points rounds too much.
-                compute_mode="donot_use_mm_for_euclid_dist",
-            )
-            distance = distance.masked_fill(~valid[first:last], float("inf"))
-            distance, index = distance.topk(min(self.topk, len(anchors_i)), dim=1, largest=False)
+            distance, index = self._nearest(gt_centers, anchors_i.get_centers(), valid[first:last])
             indices.append(index + first)
             distances.append(distance)
             first = last
         return torch.cat(indices, dim=1), torch.cat(distances, dim=1).isfinite()
+
+    def _nearest(
+        self, gt_centers: Tensor, anchor_centers: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Returns:
+            distance (Tensor): shape (M, k), to the k = min(topk, number of anchors) nearest valid
+                anchors of one level; infinite where there are fewer.
+            index (Tensor): shape (M, k), int64, of these anchors in the level.
+        """
+        num_anchors = len(anchor_centers)
+        nearest = []
+        for chunk in gt_centers.split(max(_MAX_DISTANCES // max(num_anchors, 1), 1)):
+            # The matrix product that is faster for many points rounds too much.
+            mode = "donot_use_mm_for_euclid_dist"
+            distance = torch.cdist(chunk, anchor_centers, compute_mode=mode)
+            distance.masked_fill_(~valid, float("inf"))
+            nearest.append(distance.topk(min(self.topk, num_anchors), dim=1, largest=False))
+        distances, indices = zip(*nearest)
+        return torch.cat(distances), torch.cat(indices)
 
 
 def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """
-Box sides as discrete distributions, and the distances that they stand for.
+Box sides as discrete distributions, the distances that they stand for, and IoU of the boxes.
 
 Shapes: R locations, n = ``reg_max``, n + 1 bins y_i = i. Distances are those from a location to
 the (left, top, right, bottom) side of a box, in that order.
@@ -8,12 +8,20 @@ the (left, top, right, bottom) side of a box, in that order.
 import torch
 from torch import Tensor
 
-__all__ = ["bbox_to_distance", "distance_to_bbox", "full_precision", "integral"]
+from ..precision import full_precision
 
+__all__ = [
+    "MIN_AREA",
+    "aligned_iou",
+    "bbox_to_distance",
+    "box_area",
+    "distance_to_bbox",
+    "integral",
+    "iou_and_union",
+]
 
-def full_precision(x: Tensor) -> Tensor:
-    """Half-precision tensors in float32; others, float64 included, as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+# Lower bound of the areas that IoUs are divided by, as in the reference implementation.
+MIN_AREA = 1e-6
 
 
 def integral(logits: Tensor, reg_max: int) -> Tensor:
@@ -59,3 +67,32 @@ def bbox_to_distance(centers: Tensor, boxes: Tensor) -> Tensor:
         Tensor: shape (..., 4).
     """
     return torch.cat((centers - boxes[..., :2], boxes[..., 2:] - centers), dim=-1)
+
+
+def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """
+    IoU of boxes paired by position.
+
+    Args:
+        boxes1, boxes2: shape (..., 4), broadcastable, XYXY in any common unit.
+
+    Returns:
+        Tensor: shape (...), in [0, 1]; 0 where both boxes have no area.
+    """
+    return iou_and_union(full_precision(boxes1), full_precision(boxes2))[0]
+
+
+def iou_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and area of the union, at least ``MIN_AREA``, of boxes as in :func:`aligned_iou`."""
+    left_top = torch.max(boxes1[..., :2], boxes2[..., :2])
+    right_bottom = torch.min(boxes1[..., 2:], boxes2[..., 2:])
+    intersection = box_area(left_top, right_bottom)
+    area1, area2 = (box_area(boxes[..., :2], boxes[..., 2:]) for boxes in (boxes1, boxes2))
+    union = (area1 + area2 - intersection).clamp(min=MIN_AREA)
+    return intersection / union, union
+
+
+def box_area(left_top: Tensor, right_bottom: Tensor) -> Tensor:
+    """Areas from corners of shape (..., 2) each; 0 where they are not in order."""
+    width, height = (right_bottom - left_top).clamp(min=0).unbind(dim=-1)
+    return width * height

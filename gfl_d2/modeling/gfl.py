@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..config import check_gfl_config
 from ..errors import InputError
+from ..precision import full_precision
 from .assigner import ATSSAssigner
-from .box_distribution import distance_to_bbox, full_precision, integral
+from .box_distribution import distance_to_bbox, integral
 from .criterion import GFLCriterion
 from .head import GFLHead
 
@@ -96,6 +97,11 @@ class GFL(DenseDetector):
             )
         feature_shapes = [shapes[name] for name in cfg.MODEL.GFL.IN_FEATURES]
         strides = [shape.stride for shape in feature_shapes]
+        if strides != sorted(set(strides)):
+            raise InputError(
+                "MODEL.GFL.IN_FEATURES must go from high to low resolution, got "
+                f"{list(cfg.MODEL.GFL.IN_FEATURES)} of strides {strides}"
+            )
         if len({shape.channels for shape in feature_shapes}) > 1:
             raise InputError(
                 "The features of MODEL.GFL.IN_FEATURES need the same number of channels, got "
@@ -113,8 +119,6 @@ class GFL(DenseDetector):
             ),
             "assigner": ATSSAssigner(topk=cfg.MODEL.GFL.ATSS_TOPK),
             "criterion": GFLCriterion(
-                num_classes=cfg.MODEL.GFL.NUM_CLASSES,
-                reg_max=cfg.MODEL.GFL.REG_MAX,
                 qfl_beta=cfg.MODEL.GFL.QFL_BETA,
                 qfl_weight=cfg.MODEL.GFL.LOSS_QFL_WEIGHT,
                 bbox_weight=cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
@@ -158,8 +162,10 @@ class GFL(DenseDetector):
         losses, diagnostics = self.criterion(
             logits, distributions, centers, strides, gt_instances, torch.stack(matched), valid
         )
-        for name, value in diagnostics.items():
-            get_event_storage().put_scalar(f"gfl/{name}", value.detach())
+        # One transfer from the device for all.
+        values = torch.stack(list(diagnostics.values())).tolist()
+        for name, value in zip(diagnostics, values):
+            get_event_storage().put_scalar(f"gfl/{name}", value)
         return losses
 
     def _transpose(

@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .box_distribution import full_precision
+from ..precision import full_precision
+from .box_distribution import MIN_AREA, box_area, iou_and_union
 
-__all__ = ["aligned_iou", "distribution_focal_loss", "giou_loss", "quality_focal_loss"]
-
-# Lower bound of the areas that IoUs are divided by, as in the reference implementation.
-_MIN_AREA = 1e-6
+__all__ = ["distribution_focal_loss", "giou_loss", "quality_focal_loss"]
 
 
 def quality_focal_loss(
@@ -90,38 +88,11 @@ def giou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
         ValueError: unknown ``reduction``.
     """
     boxes, target = full_precision(boxes), full_precision(target)
-    iou, union = _iou_and_union(boxes, target)
+    iou, union = iou_and_union(boxes, target)
     left_top = torch.min(boxes[:, :2], target[:, :2])
     right_bottom = torch.max(boxes[:, 2:], target[:, 2:])
-    enclosing = _area(left_top, right_bottom).clamp(min=_MIN_AREA)
+    enclosing = box_area(left_top, right_bottom).clamp(min=MIN_AREA)
     return _reduce(1 - (iou - (enclosing - union) / enclosing), reduction)
-
-
-def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """
-    IoU of boxes paired by position.
-
-    Args:
-        boxes1, boxes2: shape (..., 4), broadcastable, XYXY in any common unit.
-
-    Returns:
-        Tensor: shape (...), in [0, 1]; 0 where both boxes have no area.
-    """
-    return _iou_and_union(full_precision(boxes1), full_precision(boxes2))[0]
-
-
-def _iou_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    left_top = torch.max(boxes1[..., :2], boxes2[..., :2])
-    right_bottom = torch.min(boxes1[..., 2:], boxes2[..., 2:])
-    intersection = _area(left_top, right_bottom)
-    area1, area2 = (_area(boxes[..., :2], boxes[..., 2:]) for boxes in (boxes1, boxes2))
-    union = (area1 + area2 - intersection).clamp(min=_MIN_AREA)
-    return intersection / union, union
-
-
-def _area(left_top: Tensor, right_bottom: Tensor) -> Tensor:
-    width, height = (right_bottom - left_top).clamp(min=0).unbind(dim=-1)
-    return width * height
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

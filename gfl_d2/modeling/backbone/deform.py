@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from ..box_distribution import full_precision
+from ...precision import full_precision
 
 __all__ = ["DeformConv2d", "use_torchvision_deform_conv"]
 
@@ -52,8 +52,8 @@ class DeformConv2d(nn.Module):
         x = deform_conv2d(
             full_precision(x),
             full_precision(offset),
-            self.weight,
-            self.bias,
+            full_precision(self.weight),
+            None if self.bias is None else full_precision(self.bias),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
