@@ -27,6 +27,7 @@ from gfl_d2.visualization import draw_comparison, results_to_instances, stack_ro
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "gfl_R_18_FPN_demo.yaml"
+GENERATOR = ROOT / "demo" / "make_dataset.py"
 # The config names these folders, relative to ROOT.
 DATA = ROOT / "output" / "demo" / "data"
 TRAINING = ROOT / "output" / "demo" / "train"
@@ -47,9 +48,12 @@ def prepare_data() -> None:
 
 
 def is_up_to_date(split: str) -> bool:
+    """Whether a split has been drawn with these settings, by the program as it is now."""
+    annotations = DATA / f"{split}.json"
     try:
-        content = json.loads((DATA / f"{split}.json").read_text(encoding="utf-8"))
-        return content["info"]["settings"] == SETTINGS
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        is_newer = annotations.stat().st_mtime > GENERATOR.stat().st_mtime
+        return is_newer and content["info"]["settings"] == SETTINGS
     except (OSError, ValueError, KeyError):
         return False
 
