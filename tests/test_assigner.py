@@ -155,7 +155,7 @@ def test_crowds_are_taken_in_portions(monkeypatch):
 def test_five_thousand_boxes():
     anchors, gt = make_anchors(1024, 1024), random_gt(5000, 1024, 1024, seed=0)
     assigned = ATSSAssigner()(anchors, gt)
-    # Of a sample, the assignment is the one among few boxes, unless another box has taken the place.
+    # What few boxes get alone they get among many, unless a better box has taken the place.
     few = ATSSAssigner()(anchors, gt[:20])
     taken = (few >= 0) & (assigned != few)
     assert (assigned[few >= 0] >= 0).all()

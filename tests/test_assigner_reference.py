@@ -3,8 +3,9 @@
 import pytest
 import torch
 from detectron2.structures import Boxes
+from torch.testing import assert_close
 
-from gfl_d2.modeling import ATSSAssigner
+from gfl_d2.modeling import ATSSAssigner, aligned_iou
 from reference_data import case, load
 
 CASES = [
@@ -38,6 +39,12 @@ def test_assignment(name):
     assert assigned.dtype == torch.int64
     # The reference writes -2 where an anchor is not valid.
     assert torch.equal(assigned, ref["assigned_gt"].clamp(min=-1))
+    positive = assigned >= 0
+    iou = torch.zeros(len(assigned))
+    iou[positive] = aligned_iou(
+        Boxes.cat(anchors).tensor[positive], ref["gt_boxes"][assigned[positive]]
+    )
+    assert_close(iou, ref["assigned_iou"], rtol=1e-5, atol=1e-6)
     counts = torch.bincount(assigned[assigned >= 0], minlength=len(ref["gt_boxes"]))
     assert torch.equal(counts, ref["num_pos_per_gt"])
 

@@ -178,19 +178,18 @@ def test_other_bad_values_name_their_key(key, value):
 
 
 def test_bf16_and_amp_exclude_each_other():
-    with pytest.raises(InputError, match="SOLVER.AMP.ENABLED"):
+    with pytest.raises(InputError, match="AMP"):
         small("SOLVER.BF16", True, "SOLVER.AMP.ENABLED", True)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "- a list", "MODEL: {GFL: [}", "_BASE_: absent.yaml", "MODEL: 3", "MODEL: {X: 1}"]
+    "text", ["- a list", "MODEL: {GFL: [}", "_BASE_: absent.yaml", "MODEL: 3", "MODEL: {X: 1}"]
 )
 def test_malformed_files(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
-    if text:
-        with pytest.raises(InputError, match=r"broken\.yaml"):
-            load_config(str(path))
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        load_config(str(path))
 
 
 def test_values_reach_the_model():

@@ -8,6 +8,13 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
+from gfl_d2.modeling import (
+    distance_to_bbox,
+    distribution_focal_loss,
+    giou_loss,
+    integral,
+    quality_focal_loss,
+)
 from models import gfl_on_features
 from reference_data import assert_close_to_largest, case, load
 
@@ -80,48 +87,141 @@ def test_training(name):
     assert_close(losses["loss_bbox"], ref[f"{name}/loss_bbox"], rtol=1e-5, atol=0)
     assert_close(losses["loss_dfl"], ref[f"{name}/loss_dfl"], rtol=1e-5, atol=0)
 
-    sum(losses.values()).backward()
-    for i in LEVELS:
-        if f"{name}/grad_feat_l{i}" in ref:
-            expected = ref[f"{name}/grad_feat_l{i}"]
-            # An empty level of a case has gradients from its background only: compare with the
-            # largest of all levels.
-            largest = max(ref[f"{name}/grad_feat_l{k}"].abs().max() for k in LEVELS)
-            error = (model.backbone.features[i].grad - expected).abs().max() / largest
-            assert error < 1e-5
-    for key, norm in case(ref, f"{name}/grad_norm").items():
-        parameter = our_key(key)
-        if parameter.startswith("scales."):
-            grad = model.head.scales.grad[int(parameter.split(".")[1])]
-        else:
-            grad = model.head.get_parameter(parameter).grad
-        assert_close(grad.norm(), norm, rtol=1e-4, atol=1e-7)
-
     num_pos = sum((ref[f"{name}/label_l{i}"] < 4).sum() for i in LEVELS)
-    quality = [ref[f"{name}/quality_l{i}"] for i in LEVELS]
-    mean_quality = torch.cat(quality).sum() / num_pos.clamp(min=1)
+    quality = torch.cat([ref[f"{name}/quality_l{i}"] for i in LEVELS]).sum()
     latest = {key: value for key, (value, _) in storage.latest().items()}
     assert latest["gfl/num_pos_per_image"] == float(num_pos) / 2
-    assert latest["gfl/pos_quality"] == pytest.approx(float(mean_quality), rel=1e-5)
+    assert latest["gfl/pos_quality"] == pytest.approx(float(quality / num_pos.clamp(min=1)))
 
 
-def test_training_targets():
-    """Labels of every location, invalid ones included, and the positives' boxes."""
+@pytest.mark.parametrize("name", ["both", "one_empty", "none"])
+def test_gradients(name):
     ref = load("gfl_head_train")
-    model = reference_model(ref)
-    images = model.preprocess_image(batch(ref, "both"))
-    anchors = model.anchor_generator(model.backbone.features)
-    valid = model._valid_locations(model.backbone.features, images.image_sizes)
+    model = reference_model(ref).train()
+    with EventStorage():
+        sum(model(batch(ref, name)).values()).backward()
+    expected = [ref[f"{name}/grad_feat_l{i}"] for i in LEVELS]
+    # Relative to the largest of all levels: some have no positive.
+    largest = max(grad.abs().max() for grad in expected)
+    for feature, grad in zip(model.backbone.features, expected):
+        assert (feature.grad - grad).abs().max() / largest < 1e-5
+
+    norms = case(ref, f"{name}/grad_norm")
+    largest = max(norms.values())
+    assert len(norms) == len(list(model.head.parameters())) - 1 + len(LEVELS)  # a scale per level
+    for key, norm in norms.items():
+        if key.startswith("scales."):
+            grad = model.head.scales.grad[int(key.split(".")[1])]
+        else:
+            grad = model.head.get_parameter(our_key(key)).grad
+        assert (grad.norm() - norm).abs() / largest < 1e-5, key
+
+
+def compute_targets(model, ref, name):
+    """Targets of a case, with what they were computed from."""
+    inputs = batch(ref, name)
+    images = model.preprocess_image(inputs)
+    features = model.backbone.features
+    anchors = model.anchor_generator(features)
+    valid = model._valid_locations(features, images.image_sizes)
+    gt_instances = [x["instances"] for x in inputs]
+    matched = torch.stack(
+        [model.assigner(anchors, gt.gt_boxes, v) for gt, v in zip(gt_instances, valid)]
+    )
+    logits, distributions = (torch.cat(x, dim=1) for x in model._transpose(model.head(features)))
+    centers = Boxes.cat(anchors).get_centers()
     sizes = [len(a) for a in anchors]
-    for i, valid_i in enumerate(valid.split(sizes, dim=1)):
-        weight = ref[f"both/label_weight_l{i}"].view(2, -1)
-        assert torch.equal(valid_i, weight > 0)
-    for b, inputs in enumerate(batch(ref, "both")):
-        gt = inputs["instances"]
-        matched = model.assigner(anchors, gt.gt_boxes, valid[b])
-        labels = torch.where(matched >= 0, gt.gt_classes[matched], 4)
-        for i, labels_i in enumerate(labels.split(sizes)):
-            assert torch.equal(labels_i, ref[f"both/label_l{i}"].view(2, -1)[b])
+    strides = torch.repeat_interleave(torch.tensor([8.0, 16, 32, 64, 128]), torch.tensor(sizes))
+    targets = model.criterion.targets(
+        logits, distributions, centers, strides, gt_instances, matched
+    )
+    return targets, logits, valid, sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["both", "one_empty", "none"])
+def test_targets(name):
+    """Everything that the losses are computed from, and the losses of each level."""
+    ref = load("gfl_head_train")
+    targets, logits, valid, sizes = compute_targets(reference_model(ref), ref, name)
+    labels, quality = targets.labels.split(sizes, dim=1), targets.quality.split(sizes, dim=1)
+    valid, logits = valid.split(sizes, dim=1), logits.split(sizes, dim=1)
+    level = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))[targets.location]
+    first = torch.tensor([0, *sizes]).cumsum(dim=0)
+    num_pos = (targets.labels < 4).sum(dim=1)
+    assert num_pos.clamp(min=1).sum() == ref[f"{name}/avg_factor_cls"]
+    assert_close(targets.weights.sum(), ref[f"{name}/pos_weight_sum"], rtol=1e-5, atol=0)
+    box_norm = targets.weights.sum().clamp(min=1)
+
+    for i in LEVELS:
+        assert torch.equal(labels[i].flatten(), ref[f"{name}/label_l{i}"])
+        assert torch.equal(valid[i].flatten().float(), ref[f"{name}/label_weight_l{i}"])
+        assert_close(quality[i].flatten(), ref[f"{name}/quality_l{i}"], rtol=1e-5, atol=1e-6)
+        loss = quality_focal_loss(logits[i][valid[i]], labels[i][valid[i]], quality[i][valid[i]])
+        expected = ref[f"{name}/loss_cls_per_level"][i] * ref[f"{name}/avg_factor_cls"]
+        assert_close(loss.sum(), expected, rtol=1e-5, atol=1e-6)
+
+        of_level = level == i
+        assert of_level.any() == (f"{name}/pos_index_l{i}" in ref)
+        if not of_level.any():
+            continue
+        index = targets.image[of_level] * sizes[i] + targets.location[of_level] - first[i]
+        assert torch.equal(index, ref[f"{name}/pos_index_l{i}"])
+        distances = targets.gt_distances[of_level].clamp(0, 15.9)
+        weights = targets.weights[of_level]
+        for ours, theirs in [
+            (targets.boxes[of_level], "pos_pred_box"),
+            (targets.gt_boxes[of_level], "pos_target_box"),
+            (weights, "pos_weight"),
+            (distances, "pos_dfl_target"),
+        ]:
+            assert_close(ours, ref[f"{name}/{theirs}_l{i}"], rtol=1e-5, atol=1e-5)
+        loss = 2 * (weights * giou_loss(targets.boxes, targets.gt_boxes)[of_level]).sum()
+        assert_close(loss / box_norm, ref[f"{name}/loss_bbox_per_level"][i], rtol=1e-5, atol=0)
+        loss = distribution_focal_loss(
+            targets.distributions[of_level].view(-1, 17), distances.flatten()
+        )
+        loss = 0.25 * (weights * loss.view(-1, 4).mean(dim=1)).sum()
+        assert_close(loss / box_norm, ref[f"{name}/loss_dfl_per_level"][i], rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_predictions_of_every_location():
+    """Head outputs, scores and decoded boxes, and the candidates for NMS."""
+    ref = load("gfl_head_predict")
+    model = reference_model(ref).eval()
+    features = model.backbone.features
+    predictions = model.head(features)
+    logits, distributions = model._transpose(predictions)
+    anchors = model.anchor_generator(features)
+    sizes = ref["image_sizes"].tolist()
+    for i in LEVELS:
+        assert_close_to_largest(predictions[0][i], ref[f"cls_score_l{i}"], 1e-5)
+        assert_close_to_largest(predictions[1][i], ref[f"bbox_pred_l{i}"], 1e-5)
+        assert_close(logits[i].sigmoid(), ref[f"score_l{i}"], rtol=1e-5, atol=1e-6)
+        stride = model.anchor_generator.strides[i]
+        for b, size in enumerate(sizes):
+            distances = integral(distributions[i][b], 16) * stride
+            boxes = Boxes(distance_to_bbox(anchors[i].get_centers(), distances))
+            boxes.clip(size)
+            assert_close(boxes.tensor, ref[f"box_l{i}"][b], rtol=1e-5, atol=1e-3)
+
+    for b, size in enumerate(sizes):
+        candidates = []
+        for i, number in enumerate(ref[f"raw/num_per_level_{b}"].tolist()):
+            stride = model.anchor_generator.strides[i]
+            decoded = model._decode_candidates(
+                anchors[i], stride, logits[i][b], distributions[i][b]
+            )
+            assert len(decoded[0]) == number
+            candidates.append(decoded)
+        boxes, scores, classes = (torch.cat(parts) for parts in zip(*candidates))
+        boxes = Boxes(boxes)
+        boxes.clip(size)
+        kept = boxes.nonempty()
+        assert_close(boxes.tensor[kept], ref[f"raw/boxes_{b}"], rtol=1e-5, atol=1e-3)
+        assert_close(scores[kept], ref[f"raw/scores_{b}"], rtol=1e-5, atol=1e-6)
+        assert torch.equal(classes[kept], ref[f"raw/labels_{b}"])
 
 
 @pytest.mark.parametrize(
@@ -163,3 +263,4 @@ def test_detections_in_the_original_image():
         expected = ref[f"det_rescaled/boxes_{b}"]
         assert torch.equal(detections.pred_classes, ref[f"det_rescaled/labels_{b}"])
         assert_close(detections.pred_boxes.tensor, expected, rtol=1e-5, atol=1e-2)
+        assert_close(detections.scores, ref[f"det_rescaled/scores_{b}"], rtol=1e-5, atol=1e-6)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
+from gfl_d2.modeling import GFLHead
+from gfl_d2.precision import has_fast_bfloat16
 from scripts import ROOT, load_script
 
 train_net = load_script("train_net.py")
@@ -65,6 +67,7 @@ def run(folder, *args, opts=()):
 
 
 def error_of(*args, **kwargs) -> str:
+    """The message of a run that fails, which is all that the user sees of it."""
     with pytest.raises(SystemExit) as caught:
         run(*args, **kwargs)
     message = caught.value.code
@@ -73,30 +76,89 @@ def error_of(*args, **kwargs) -> str:
     return message
 
 
-def test_train_resume_and_evaluate(dataset):
+@pytest.fixture(autouse=True)
+def no_stack_trace(capfd):
+    yield
+    output = capfd.readouterr()
+    assert "Exception during training" not in output.out + output.err
+
+
+def read_metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def read_checkpoint(path) -> dict:
+    return torch.load(path, weights_only=False)
+
+
+def test_train_and_evaluate(dataset):
     run(dataset)
     output = dataset / "output"
     names = {path.name for path in output.iterdir()}
-    assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "metrics.json"} <= names
+    assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "log.txt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert {"loss_qfl", "loss_bbox", "gfl/pos_quality", "bbox/AP"} <= set().union(*metrics)
+    logged = set().union(*read_metrics(output))
+    assert {"loss_qfl", "loss_bbox", "loss_dfl", "gfl/pos_quality", "bbox/AP"} <= logged
 
-    run(dataset, "--resume", opts=["SOLVER.MAX_ITER", 5])
-    assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 4
-    metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert metrics[-1]["iteration"] == 4
-
-    results = run(dataset, "--eval-only", opts=["MODEL.WEIGHTS", output / "model_final.pth"])
+    # Evaluation needs no training data.
+    entries = [["toy_val", str(dataset / "instances.json"), str(dataset / "images")],
+               ["other_train", str(dataset / "absent.json"), str(dataset / "images")]]  # fmt: skip
+    opts = ["MODEL.WEIGHTS", output / "model_final.pth", "DATASETS.REGISTER", entries]
+    results = run(dataset, "--eval-only", opts=[*opts, "DATASETS.TRAIN", "('other_train',)"])
     assert 0 <= results["bbox"]["AP"] <= 100
     assert (output / "inference" / "coco_instances_results.json").is_file()
 
 
-def test_bfloat16_training(dataset):
-    run(dataset, opts=["SOLVER.BF16", True, "TEST.EVAL_PERIOD", 0])
-    weights = torch.load(dataset / "output" / "model_final.pth", weights_only=False)["model"]
-    floating = {w.dtype for w in weights.values() if w.is_floating_point()}
-    assert floating == {torch.float32}
+def test_resumed_training_is_uninterrupted_training(dataset):
+    """Weights and momentum, on a single image so that the order is the same."""
+    data = json.loads((dataset / "instances.json").read_text())
+    data["images"] = data["images"][2:3]
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] == 3]
+    (dataset / "instances.json").write_text(json.dumps(data))
+    opts = ["INPUT.RANDOM_FLIP", "none", "SEED", 1, "SOLVER.STEPS", "(3,)", "SOLVER.MAX_ITER"]
+    run(dataset, opts=[*opts, 4, "OUTPUT_DIR", dataset / "whole"])
+    run(dataset, opts=[*opts, 2, "OUTPUT_DIR", dataset / "parts"])
+    state = read_checkpoint(dataset / "parts" / "model_0000001.pth")["trainer"]
+    assert "best_metric" in state["hooks"]["BestCheckpointer"]
+    run(dataset, "--resume", opts=[*opts, 4, "OUTPUT_DIR", dataset / "parts"])
+
+    whole, parts = (
+        read_checkpoint(dataset / name / "model_final.pth") for name in ("whole", "parts")
+    )
+    assert parts["iteration"] == 3
+    weights, momenta = [], []
+    for checkpoint in (whole, parts):
+        weights.append(flatten(checkpoint["model"].values()))
+        state = checkpoint["trainer"]["_trainer"]["optimizer"]["state"]
+        momenta.append(flatten(state[index]["momentum_buffer"] for index in sorted(state)))
+    assert relative_difference(*weights) < 1e-3
+    # Half of it would be missing, had it started anew.
+    assert relative_difference(*momenta) < 0.02
+
+
+def flatten(tensors) -> torch.Tensor:
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
+
+
+def relative_difference(expected, actual) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="the CPU has no bfloat16")
+def test_bfloat16_training(dataset, monkeypatch):
+    dtypes = set()
+    forward = GFLHead.forward
+
+    def spy(self, features):
+        logits, distributions = forward(self, features)
+        dtypes.add((self.training, logits[0].dtype))
+        return logits, distributions
+
+    monkeypatch.setattr(GFLHead, "forward", spy)
+    run(dataset, opts=["SOLVER.BF16", True])
+    assert dtypes == {(True, torch.bfloat16), (False, torch.float32)}
+    weights = read_checkpoint(dataset / "output" / "model_final.pth")["model"]
+    assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
     assert all(w.isfinite().all() for w in weights.values())
 
 
@@ -108,18 +170,12 @@ def test_clipping_of_the_whole_gradient(dataset):
     weights = []
     for limit in (1e-6, 1e-3):
         run(dataset, opts=[*opts, limit])
-        state = torch.load(dataset / "output" / "model_final.pth", weights_only=False)["model"]
+        state = read_checkpoint(dataset / "output" / "model_final.pth")["model"]
         trained = [w for name, w in state.items() if "running" not in name and "num_b" not in name]
-        weights.append(torch.cat([w.flatten().double() for w in trained]))
+        weights.append(flatten(trained))
     # Both start from the same weights, so their distance is at most the sum of the two steps.
     distance = (weights[1] - weights[0]).norm()
     assert 0.9e-3 < distance < 1.1e-3
-
-
-def test_amp_and_bf16_exclude_each_other(dataset):
-    message = error_of(dataset, opts=["SOLVER.BF16", True, "SOLVER.AMP.ENABLED", True])
-    assert "SOLVER.BF16" in message
-    assert "SOLVER.AMP.ENABLED" in message
 
 
 def test_missing_config_file():
@@ -133,6 +189,13 @@ def test_unknown_key(dataset):
     assert "MODEL.GFL.REGMAX" in error_of(dataset, opts=["MODEL.GFL.REGMAX", 3])
 
 
+def test_more_processes_than_gpus():
+    args = ["--config-file", "absent.yaml", "--num-gpus", str(torch.cuda.device_count() + 2)]
+    with pytest.raises(SystemExit) as caught:
+        train_net.launch_processes(default_argument_parser().parse_args(args))
+    assert caught.value.code.startswith("Error: --num-gpus")
+
+
 def test_number_of_classes(dataset):
     message = error_of(dataset, opts=["MODEL.GFL.NUM_CLASSES", 80])
     assert "80" in message
@@ -144,8 +207,10 @@ def test_a_failed_start_overwrites_nothing(dataset):
     run(dataset)
     output = dataset / "output"
     before = {path: path.read_bytes() for path in output.glob("*.pth")}
-    error_of(dataset, opts=["MODEL.WEIGHTS", dataset / "absent.pth"])
+    config = (output / "config.yaml").read_bytes()
     error_of(dataset, opts=["MODEL.GFL.REG_MAX", 0])
+    assert (output / "config.yaml").read_bytes() == config
+    error_of(dataset, opts=["MODEL.WEIGHTS", dataset / "absent.pth"])
     wrong = ["MODEL.WEIGHTS", output / "model_final.pth", "MODEL.FPN.OUT_CHANNELS", 64]
     assert "model_final.pth" in error_of(dataset, opts=wrong)
     assert {path: path.read_bytes() for path in output.glob("*.pth")} == before
