@@ -32,7 +32,7 @@ CLASSES = ("disc", "ring", "square", "triangle", "star")
 
 # Sizes are for an image of this height, in pixels, and scale with it.
 _REFERENCE_HEIGHT = 192
-_MIN_RADIUS, _MAX_RADIUS = 10, 64
+_MIN_RADIUS, _MAX_RADIUS = 10, 80
 _MIN_OBJECTS, _MAX_OBJECTS = 2, 7
 # An object stays in the scene only while at least this fraction of it can be seen ...
 _MIN_VISIBLE = 0.5
