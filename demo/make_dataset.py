@@ -32,14 +32,14 @@ CLASSES = ("disc", "ring", "square", "triangle", "star")
 
 # Sizes are for an image of this height, in pixels, and scale with it.
 _REFERENCE_HEIGHT = 192
-_MIN_RADIUS, _MAX_RADIUS = 10, 80
+_MIN_RADIUS, _MAX_RADIUS = 12, 84
 _MIN_OBJECTS, _MAX_OBJECTS = 2, 7
 # An object stays in the scene only while at least this fraction of it can be seen ...
 _MIN_VISIBLE = 0.5
 # ... and its box is at least this many pixels wide and high.
 _MIN_SIDE = 6
 # Mean difference, of 255, from what it covers, in the colour channel that differs most.
-_MIN_CONTRAST = 50
+_MIN_CONTRAST = 60
 _TRIES_PER_OBJECT = 20
 
 
@@ -215,7 +215,7 @@ def _draw_texture(
     Two colours in some pattern, lit from one side: shades of one hue, which is near that of the
     class. (side, side, 3), float32 in [0, 255].
     """
-    hue = rng.random() if label is None else (label + rng.normal(0, 0.25)) / len(CLASSES) % 1
+    hue = rng.random() if label is None else (label + rng.normal(0, 0.2)) / len(CLASSES) % 1
     x, y = np.meshgrid(*[np.arange(side, dtype=np.float32) - side / 2] * 2)
     direction = _rotation(rng.uniform(0, 2 * np.pi))[0]
     along, across = x * direction[0] + y * direction[1], y * direction[0] - x * direction[1]
@@ -257,7 +257,8 @@ def _draw_clutter(rng: np.random.Generator, image: np.ndarray, scale: float) -> 
     height, width = image.shape[:2]
     center = rng.integers((0, 0), (width, height))
     length = scale * rng.uniform(6, 45)
-    color, thickness = _random_color(rng).tolist(), int(rng.integers(1, max(int(4 * scale), 2)))
+    color = _random_color(rng, max_saturation=0.4).tolist()
+    thickness = int(rng.integers(1, max(int(4 * scale), 2)))
     overlay = image.copy() if rng.random() < 0.5 else image
     kind = rng.choice(["line", "arc", "cross", "blob"])
     if kind == "line":
