@@ -94,7 +94,7 @@ def save_picture() -> None:
         image = cv2.imread(record["file_name"])[:, :, ::-1]
         own = [r for r in results if r["image_id"] == record["image_id"]]
         predictions = results_to_instances(own, image.shape[:2], metadata)
-        rows.append(draw_comparison(image, record, predictions, metadata))
+        rows.append(draw_comparison(image, record, predictions, metadata, score_thresh=0.4))
     cv2.imwrite(str(PICTURE), stack_rows(rows)[:, :, ::-1])
 
 
