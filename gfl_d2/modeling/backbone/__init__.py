@@ -1,9 +1,20 @@
 from .deform import DeformConv2d, use_torchvision_deform_conv
-from .fpn import LastLevelP6P7OnP5, build_gfl_resnet_fpn_backbone
+from .fpn import LastLevelP6P7OnP5, build_gfl_fpn, build_gfl_resnet_fpn_backbone
+from .res2net import (
+    DeepStem,
+    Res2NetBlock,
+    build_gfl_res2net_fpn_backbone,
+    build_res2net_backbone,
+)
 
 __all__ = [
+    "DeepStem",
     "DeformConv2d",
     "LastLevelP6P7OnP5",
+    "Res2NetBlock",
+    "build_gfl_fpn",
+    "build_gfl_res2net_fpn_backbone",
     "build_gfl_resnet_fpn_backbone",
+    "build_res2net_backbone",
     "use_torchvision_deform_conv",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from detectron2.layers import DeformConv, ModulatedDeformConv
+from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -22,10 +22,11 @@ class DeformConv2d(nn.Module):
     same parameter names, by torchvision's operator, which runs on CPU and GPU.
     """
 
-    def __init__(self, conv: DeformConv | ModulatedDeformConv):
+    def __init__(self, conv: DeformConv | ModulatedDeformConv | Conv2d):
         """
         Args:
-            conv: takes its parameters, normalization and settings from here.
+            conv: takes its parameters, normalization and settings from here. A plain ``Conv2d``
+                will do too.
         """
         super().__init__()
         self.weight = conv.weight

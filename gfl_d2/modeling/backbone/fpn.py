@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, ResNet, build_resnet_backbone
+from detectron2.modeling.backbone import FPN, Backbone, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from detectron2.modeling.backbone.resnet import (
-    BasicBlock,
-    BottleneckBlock,
-    DeformBottleneckBlock,
-)
+from detectron2.modeling.backbone.resnet import BasicBlock
 from torch import Tensor, nn
 
 from .deform import use_torchvision_deform_conv
 
-__all__ = ["LastLevelP6P7OnP5", "build_gfl_resnet_fpn_backbone"]
+__all__ = ["LastLevelP6P7OnP5", "build_gfl_fpn", "build_gfl_resnet_fpn_backbone"]
 
 
 class LastLevelP6P7OnP5(LastLevelP6P7):
@@ -41,11 +37,22 @@ def zero_init_residual(resnet: ResNet) -> None:
     Start every residual block as the identity: a zero scale in its last normalization (Goyal et
     al., "Accurate, Large Minibatch SGD", section 5.1).
     """
-    for block in resnet.modules():
-        if isinstance(block, BasicBlock):
-            nn.init.zeros_(block.conv2.norm.weight)
-        elif isinstance(block, (BottleneckBlock, DeformBottleneckBlock)):
-            nn.init.zeros_(block.conv3.norm.weight)
+    for stage in resnet.stages:
+        for block in stage:
+            last = block.conv2 if isinstance(block, BasicBlock) else block.conv3
+            nn.init.zeros_(last.norm.weight)
+
+
+def build_gfl_fpn(cfg, bottom_up: Backbone) -> FPN:
+    """Detectron2's FPN, P3 to P7, on ``bottom_up``, from its own keys (``MODEL.FPN``)."""
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7OnP5(cfg.MODEL.FPN.OUT_CHANNELS),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
 
 
 @BACKBONE_REGISTRY.register()
@@ -57,11 +64,4 @@ def build_gfl_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     bottom_up = use_torchvision_deform_conv(build_resnet_backbone(cfg, input_shape))
     if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL:
         zero_init_residual(bottom_up)
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7OnP5(cfg.MODEL.FPN.OUT_CHANNELS),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_gfl_fpn(cfg, bottom_up)
