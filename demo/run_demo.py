@@ -23,6 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from make_dataset import make_dataset
 
 from gfl_d2.data import register_coco_format
+from gfl_d2.metrics import read_metrics
 from gfl_d2.visualization import draw_comparison, results_to_instances, stack_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,8 +70,7 @@ def train(resume: bool, opts: list[str]) -> None:
 
 def read_results() -> dict[str, float]:
     """AP of the evaluation after the last iteration, in percent: over all, and by class."""
-    lines = (TRAINING / "metrics.json").read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line) for line in lines if '"bbox/AP"' in line][-1]
+    metrics = list(read_metrics(TRAINING).values())[-1]
     return {k[len("bbox/") :]: v for k, v in metrics.items() if k.startswith("bbox/")}
 
 

@@ -19,6 +19,11 @@ __all__ = ["add_gfl_config", "check_gfl_config", "load_config"]
 logger = logging.getLogger(__name__)
 
 
+_QUALITIES = ("joint", "dgqp", "none", "centerness", "iou", "centerness_guided", "iou_guided")
+_BOXES = ("general", "dirac", "gaussian")
+_ASSIGNERS = ("atss", "dynamic_atss")
+
+
 def add_gfl_config(cfg: CN) -> None:
     """Add the keys of this project, with their defaults, to a Detectron2 config (in place)."""
     # Datasets in COCO format to register before use: a list of [name, json_file, image_root].
@@ -34,9 +39,15 @@ def add_gfl_config(cfg: CN) -> None:
     cfg.SOLVER.BF16 = False
 
     # Start every residual block as the identity, by a zero scale in its last normalization: for
-    # training from random initialization. Only with MODEL.BACKBONE.NAME
-    # "build_gfl_resnet_fpn_backbone", a trainable MODEL.RESNETS.NORM and BACKBONE.FREEZE_AT < 2.
+    # training from random initialization. Only with this project's backbones, a trainable
+    # MODEL.RESNETS.NORM and MODEL.BACKBONE.FREEZE_AT < 2.
     cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False
+
+    # Of "build_gfl_res2net_fpn_backbone": splits of a block's channels, >= 2, and their width at 64
+    # bottleneck channels, >= 1.
+    cfg.MODEL.RES2NET = CN()
+    cfg.MODEL.RES2NET.SCALES = 4
+    cfg.MODEL.RES2NET.BASE_WIDTH = 26
 
     # Detectron2's keys that take one value more with this project's trainer:
     # INPUT.RANDOM_FLIP "both", SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model".
@@ -55,22 +66,51 @@ def add_gfl_config(cfg: CN) -> None:
     cfg.MODEL.GFL.NORM = "GN"
     # Score of every class at the start of training, in (0, 1); sets the classifier's bias.
     cfg.MODEL.GFL.PRIOR_PROB = 0.01
-    # n, the last bin of the box distributions, in strides: n + 1 bins, distances in [0, n]. >= 1.
+
+    # What a score stands for beside the class: the IoU of the predicted box, trained with Quality
+    # Focal Loss ("joint": GFL); that, helped by a quality predicted from the box distributions
+    # ("dgqp": GFLv2); nothing, trained with focal loss ("none"), with a branch whose prediction
+    # multiplies it at inference ("centerness": ATSS; "iou"), or with the positives' classification
+    # loss weighted ("centerness_guided", "iou_guided").
+    cfg.MODEL.GFL.QUALITY = "joint"
+    # What is predicted of the distance to a side: its distribution ("general"), one number
+    # ("dirac"), or mean and variance ("gaussian").
+    cfg.MODEL.GFL.BOX_REPRESENTATION = "general"
+    # Of "general": n, the last of n + 1 bins, >= 1, and their width in strides, > 0. Distances lie
+    # in [0, REG_MAX * BIN_WIDTH].
     cfg.MODEL.GFL.REG_MAX = 16
+    cfg.MODEL.GFL.BIN_WIDTH = 1.0
+    # Of "dgqp", which needs "general": how many of a distribution's largest probabilities it sees,
+    # in [1, REG_MAX + 1], and channels of its hidden layer, >= 1.
+    cfg.MODEL.GFL.DGQP_TOPK = 4
+    cfg.MODEL.GFL.DGQP_CHANNELS = 64
 
     # Side of the one square anchor of a location, in strides, > 0. The anchor centre of cell
     # (i, j) is at ((i + o) * stride, (j + o) * stride), o = MODEL.ANCHOR_GENERATOR.OFFSET (0.0).
     cfg.MODEL.GFL.ANCHOR_SCALE = 8.0
+    # Anchor centres at ((i + 1/2) * stride - 1/2, ...) instead: those of the authors' first code
+    # base, whose checkpoints need it. Only with MODEL.ANCHOR_GENERATOR.OFFSET 0.0.
+    cfg.MODEL.GFL.LEGACY_ANCHOR_CENTERS = False
+    # "atss", or "dynamic_atss", which adds the IoUs of the predicted boxes to those of the anchors.
+    cfg.MODEL.GFL.ASSIGNER = "atss"
     # Candidates per level and ground-truth box in the ATSS assignment, >= 1.
     cfg.MODEL.GFL.ATSS_TOPK = 9
 
-    # Exponent beta of the modulating factor |y - sigma|^beta of QFL: 0, or >= 1.
+    # Exponent beta of the modulating factor |y - sigma|^beta of QFL ("joint", "dgqp"): 0, or >= 1.
     cfg.MODEL.GFL.QFL_BETA = 2.0
-    # Weights of the three losses, >= 0.
+    # Focal loss, for any other QUALITY: alpha in [0, 1], or negative for none; gamma >= 0.
+    cfg.MODEL.GFL.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.GFL.FOCAL_LOSS_GAMMA = 2.0
+    # Weights of the losses, >= 0: QFL, focal loss, that of the "centerness" or "iou" branch, GIoU,
+    # DFL ("general"; 0 for none) and the likelihood of "gaussian".
     cfg.MODEL.GFL.LOSS_QFL_WEIGHT = 1.0
+    cfg.MODEL.GFL.LOSS_CLS_WEIGHT = 1.0
+    cfg.MODEL.GFL.LOSS_QUALITY_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_BBOX_WEIGHT = 2.0
     cfg.MODEL.GFL.LOSS_DFL_WEIGHT = 0.25
-    # Lower bound, > 0, of the sum of the positives' scores by which the box losses are divided.
+    cfg.MODEL.GFL.LOSS_NLL_WEIGHT = 0.25
+    # Lower bound, > 0, of the sum of the positives' weights by which the box losses are divided. In
+    # "joint" and "dgqp" the weights are scores.
     # 1.0 is the reference implementation's. It shrinks both box losses while that sum is smaller,
     # at the very start of training or with few objects an image; a small value prevents that.
     cfg.MODEL.GFL.BOX_NORMALIZER_MIN = 1.0
@@ -132,14 +172,23 @@ def check_gfl_config(cfg: CN) -> None:
         "NUM_CONVS": (gfl.NUM_CONVS >= 0, ">= 0"),
         "CONV_DIM": (gfl.CONV_DIM >= 1, ">= 1"),
         "PRIOR_PROB": (0 < gfl.PRIOR_PROB < 1, "in (0, 1)"),
+        "QUALITY": (gfl.QUALITY in _QUALITIES, f"one of {_QUALITIES}"),
+        "BOX_REPRESENTATION": (gfl.BOX_REPRESENTATION in _BOXES, f"one of {_BOXES}"),
+        "ASSIGNER": (gfl.ASSIGNER in _ASSIGNERS, f"one of {_ASSIGNERS}"),
         "REG_MAX": (gfl.REG_MAX >= 1, ">= 1"),
+        "BIN_WIDTH": (gfl.BIN_WIDTH > 0, "> 0"),
+        "DGQP_TOPK": (gfl.DGQP_TOPK >= 1, ">= 1"),
+        "DGQP_CHANNELS": (gfl.DGQP_CHANNELS >= 1, ">= 1"),
         "ANCHOR_SCALE": (gfl.ANCHOR_SCALE > 0, "> 0"),
         "ATSS_TOPK": (gfl.ATSS_TOPK >= 1, ">= 1"),
         # For 0 < beta < 1 the gradient of QFL is infinite where the prediction meets the target.
         "QFL_BETA": (gfl.QFL_BETA == 0 or gfl.QFL_BETA >= 1, "0 or >= 1"),
-        "LOSS_QFL_WEIGHT": (gfl.LOSS_QFL_WEIGHT >= 0, ">= 0"),
-        "LOSS_BBOX_WEIGHT": (gfl.LOSS_BBOX_WEIGHT >= 0, ">= 0"),
-        "LOSS_DFL_WEIGHT": (gfl.LOSS_DFL_WEIGHT >= 0, ">= 0"),
+        "FOCAL_LOSS_ALPHA": (gfl.FOCAL_LOSS_ALPHA <= 1, "in [0, 1], or negative"),
+        "FOCAL_LOSS_GAMMA": (gfl.FOCAL_LOSS_GAMMA >= 0, ">= 0"),
+        **{
+            f"LOSS_{name}_WEIGHT": (gfl[f"LOSS_{name}_WEIGHT"] >= 0, ">= 0")
+            for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "NLL")
+        },
         "BOX_NORMALIZER_MIN": (gfl.BOX_NORMALIZER_MIN > 0, "> 0"),
         "SCORE_THRESH_TEST": (0 <= gfl.SCORE_THRESH_TEST < 1, "in [0, 1)"),
         "TOPK_CANDIDATES_TEST": (gfl.TOPK_CANDIDATES_TEST >= 1, ">= 1"),
@@ -158,7 +207,23 @@ def check_gfl_config(cfg: CN) -> None:
         "a multiple of 32, and at least 64, when MODEL.GFL.NORM is 'GN'",
         gfl.CONV_DIM,
     )
+    if gfl.QUALITY == "dgqp":
+        when = "when MODEL.GFL.QUALITY is 'dgqp'"
+        is_general = gfl.BOX_REPRESENTATION == "general"
+        _require(
+            is_general, "MODEL.GFL.BOX_REPRESENTATION", f"'general' {when}", gfl.BOX_REPRESENTATION
+        )
+        fits = gfl.DGQP_TOPK <= gfl.REG_MAX + 1
+        _require(
+            fits, "MODEL.GFL.DGQP_TOPK", f"at most MODEL.GFL.REG_MAX + 1 {when}", gfl.DGQP_TOPK
+        )
     offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
+    _require(
+        offset == 0 or not gfl.LEGACY_ANCHOR_CENTERS,
+        "MODEL.ANCHOR_GENERATOR.OFFSET",
+        "0.0 when MODEL.GFL.LEGACY_ANCHOR_CENTERS is True",
+        offset,
+    )
     _require(0 <= offset < 1, "MODEL.ANCHOR_GENERATOR.OFFSET", "in [0, 1)", offset)
     number = cfg.TEST.DETECTIONS_PER_IMAGE
     _require(number >= 1, "TEST.DETECTIONS_PER_IMAGE", ">= 1", number)
@@ -168,8 +233,9 @@ def _check_general_config(cfg: CN) -> None:
     """Check the keys that this project adds to Detectron2's, for whatever meta-architecture."""
     if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL:
         when = "when MODEL.RESNETS.ZERO_INIT_RESIDUAL is True"
-        name, builder = cfg.MODEL.BACKBONE.NAME, "build_gfl_resnet_fpn_backbone"
-        _require(name == builder, "MODEL.BACKBONE.NAME", f"{builder!r} {when}", name)
+        name = cfg.MODEL.BACKBONE.NAME
+        builders = ("build_gfl_resnet_fpn_backbone", "build_gfl_res2net_fpn_backbone")
+        _require(name in builders, "MODEL.BACKBONE.NAME", f"one of {builders} {when}", name)
         # A frozen block with a zero scale would stay the identity for ever.
         norm, freeze_at = cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT
         is_trainable = norm not in ("", "FrozenBN")

@@ -7,7 +7,16 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
 
-from gfl_d2.modeling import GFL, ATSSAssigner, GFLCriterion, GFLHead
+from gfl_d2.modeling import (
+    GFL,
+    ATSSAssigner,
+    BoxRepresentation,
+    GeneralDistribution,
+    GFLCriterion,
+    GFLHead,
+    JointQuality,
+    Quality,
+)
 
 STRIDES = (8, 16, 32, 64, 128)
 NAMES = tuple(f"p{i}" for i in range(3, 8))
@@ -41,7 +50,8 @@ def gfl_on_features(
     num_classes: int,
     num_convs: int = 4,
     conv_dim: int = 64,
-    reg_max: int = 16,
+    box: BoxRepresentation = GeneralDistribution(),
+    quality: Quality = JointQuality(),
     criterion: dict | None = None,
     **kwargs,
 ) -> GFL:
@@ -59,7 +69,8 @@ def gfl_on_features(
             num_classes=num_classes,
             num_convs=num_convs,
             conv_dim=conv_dim,
-            reg_max=reg_max,
+            box=box,
+            quality=quality,
         ),
         head_in_features=names,
         anchor_generator=DefaultAnchorGenerator(
@@ -68,8 +79,8 @@ def gfl_on_features(
             strides=[shapes[name].stride for name in names],
             offset=0.0,
         ),
-        assigner=ATSSAssigner(topk=9),
-        criterion=GFLCriterion(**(criterion or {})),
+        assigner=kwargs.pop("assigner", ATSSAssigner(topk=9)),
+        criterion=GFLCriterion(box=box, quality=quality, **(criterion or {})),
         pixel_mean=[0.0, 0.0, 0.0],
         pixel_std=[1.0, 1.0, 1.0],
         **kwargs,

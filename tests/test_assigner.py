@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from gfl_d2.modeling import ATSSAssigner
+from gfl_d2.modeling import ATSSAssigner, DynamicATSSAssigner, LegacyAnchorGenerator
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -22,8 +22,17 @@ def make_anchors(height: int, width: int, offset: float = 0.0) -> list[Boxes]:
     return generator([torch.zeros(1, 1, -(-height // s), -(-width // s)) for s in STRIDES])
 
 
-def plain_atss(anchors: list[Boxes], gt_boxes: Boxes, valid: torch.Tensor, topk: int = 9):
-    """One box at a time and in float64, with none of the code under test."""
+def plain_atss(
+    anchors: list[Boxes],
+    gt_boxes: Boxes,
+    valid: torch.Tensor,
+    topk: int = 9,
+    predicted: torch.Tensor | None = None,
+):
+    """
+    One box at a time and in float64, with none of the code under test. With ``predicted`` boxes,
+    shape (R, 4), dynamic ATSS.
+    """
     boxes = Boxes.cat(anchors).tensor.double()
     levels = torch.repeat_interleave(torch.tensor([len(a) for a in anchors]))
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -35,8 +44,11 @@ def plain_atss(anchors: list[Boxes], gt_boxes: Boxes, valid: torch.Tensor, topk:
         for level in levels.unique():
             members = ((levels == level) & valid).nonzero()[:, 0].tolist()
             candidates += sorted(members, key=lambda i: float(distance[i]))[:topk]
-        iou = box_iou(boxes[candidates], gt[None])[:, 0]
-        spread = iou.std() if len(candidates) > 1 else 0
+        ious = [box_iou(boxes[candidates], gt[None])[:, 0]]
+        if predicted is not None:
+            ious.append(box_iou(predicted[candidates].double(), gt[None])[:, 0])
+        iou = sum(ious)
+        spread = sum(x.std() for x in ious) if len(candidates) > 1 else 0
         threshold = iou.mean() + spread
         for i, iou_i in zip(candidates, iou):
             x, y = centers[i]
@@ -65,6 +77,52 @@ def test_equals_the_plain_computation(seed, count, padded):
     valid = (centers[:, 0] < width) & (centers[:, 1] < height)
     expected = plain_atss(anchors, gt, valid)
     assert torch.equal(ATSSAssigner()(anchors, gt, valid), expected)
+
+
+@given(seed=st.integers(0, 2**31 - 1), count=st.integers(1, 12), padded=st.booleans())
+@settings(max_examples=25)
+def test_dynamic_equals_the_plain_computation(seed, count, padded):
+    anchors = make_anchors(160, 224)
+    height, width = (96, 128) if padded else (160, 224)
+    gt = random_gt(count, height, width, seed)
+    centers = Boxes.cat(anchors).get_centers()
+    valid = (centers[:, 0] < width) & (centers[:, 1] < height)
+    # As a trained model predicts: some boxes are good, whatever the anchor.
+    predicted = Boxes.cat(anchors).tensor
+    noise = torch.randn(predicted.shape, generator=torch.Generator().manual_seed(seed))
+    index = torch.arange(len(predicted)) % count
+    predicted = torch.lerp(predicted, gt.tensor[index], 0.7) + noise
+    expected = plain_atss(anchors, gt, valid, predicted=predicted)
+    assigned = DynamicATSSAssigner()(anchors, gt, valid, lambda i: predicted[i])
+    assert torch.equal(assigned, expected)
+
+
+@given(seed=st.integers(0, 2**31 - 1))
+@settings(max_examples=10)
+def test_dynamic_with_predictions_far_from_everything_is_atss(seed):
+    """They add an IoU of 0 to every candidate."""
+    anchors, gt = make_anchors(160, 224), random_gt(5, 160, 224, seed)
+    far = torch.tensor([-50.0, -50.0, -40.0, -40.0])
+    dynamic = DynamicATSSAssigner()(anchors, gt, None, lambda i: far.expand(*i.shape, 4))
+    assert torch.equal(dynamic, ATSSAssigner()(anchors, gt))
+
+
+def test_dynamic_needs_predictions():
+    with pytest.raises(ValueError, match="predict"):
+        DynamicATSSAssigner()(make_anchors(64, 64), random_gt(2, 64, 64, seed=0))
+
+
+def test_legacy_centers():
+    """At (stride - 1) / 2 + i * stride on every level."""
+    generator = LegacyAnchorGenerator(
+        sizes=[[8 * s] for s in STRIDES], aspect_ratios=[1.0], strides=STRIDES
+    )
+    levels = generator([torch.zeros(1, 1, 2, 3)] * 5)
+    for boxes, stride in zip(levels, STRIDES):
+        x, y = boxes.get_centers().unbind(dim=1)
+        assert x.tolist() == [(stride - 1) / 2 + i * stride for i in (0, 1, 2)] * 2
+        assert y.tolist() == [(stride - 1) / 2 + i * stride for i in (0, 0, 0, 1, 1, 1)]
+        assert (boxes.tensor[:, 2] - boxes.tensor[:, 0] == 8 * stride).all()
 
 
 @given(seed=st.integers(0, 2**31 - 1))

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
+from gfl_d2.modeling import GeneralDistribution, JointQuality
 from models import STRIDES, gfl_on_features
 from reference_data import assert_close_to_largest
 
@@ -112,7 +113,8 @@ def test_positives_are_logged():
     """A box whose sides are all at least 950 px away, more than 4 strides of 128 px."""
     inputs = make_inputs([[[-1000.0, -1000.0, 1200.0, 1100.0]], []])
     for reg_max, frac_beyond in [(4, 1), (16, 0)]:  # its positives are on P7
-        _, logged = train_losses(make_model(make_features(), reg_max=reg_max), inputs)
+        model = make_model(make_features(), box=GeneralDistribution(reg_max))
+        _, logged = train_losses(model, inputs)
         assert logged["gfl/frac_sides_beyond_reg_max"] == frac_beyond
         assert logged["gfl/num_pos_per_image"] > 0
         assert 0 <= logged["gfl/pos_quality"] <= 1
@@ -136,8 +138,13 @@ def test_box_normalizer_min():
 def test_loss_weights():
     inputs = make_inputs([BOXES, BOXES[:1]])
     plain, _ = train_losses(make_model(make_features()), inputs)
-    weights = {"qfl_weight": 3.0, "bbox_weight": 4.0, "dfl_weight": 1.25}
-    weighted, _ = train_losses(make_model(make_features(), criterion=weights), inputs)
+    model = make_model(
+        make_features(),
+        box=GeneralDistribution(dfl_weight=1.25),
+        quality=JointQuality(weight=3.0),
+        criterion={"bbox_weight": 4.0},
+    )
+    weighted, _ = train_losses(model, inputs)
     for name, factor in [("loss_qfl", 3), ("loss_bbox", 2), ("loss_dfl", 5)]:
         assert_close(weighted[name], factor * plain[name])
 

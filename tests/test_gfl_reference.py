@@ -1,4 +1,7 @@
-"""Head, losses, gradients and detections against the reference implementation."""
+"""
+Head, losses, gradients and detections against the reference implementations: of GFL, and of GFLv2
+with C class channels and with the C + 1 of its release, whose last has no positives.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from gfl_d2.modeling import (
+    DistributionGuidedQuality,
+    JointQuality,
+    Predictions,
     distance_to_bbox,
     distribution_focal_loss,
     giou_loss,
@@ -19,6 +25,11 @@ from models import gfl_on_features
 from reference_data import assert_close_to_largest, case, load
 
 LEVELS = range(5)
+V2 = ["gfl_v2_head", "gfl_v2_head_released_channels"]
+CASES = [
+    *(("gfl_head_train", name) for name in ("both", "one_empty", "none")),
+    *((file, name) for file in V2 for name in ("both", "one_empty", "none")),
+]
 
 
 def per_level(ref, name):
@@ -28,7 +39,16 @@ def per_level(ref, name):
 def reference_model(ref, **kwargs):
     """GFL with the head weights of the reference, on its input features."""
     features = [feature.clone().requires_grad_() for feature in per_level(ref, "feat")]
-    model = gfl_on_features(features, num_classes=4, num_convs=count_convs(ref), **kwargs)
+    is_v2 = "weights/reg_conf.0.weight" in ref
+    model = gfl_on_features(
+        features,
+        num_classes=len(ref["weights/gfl_cls.bias"]),
+        num_convs=count_convs(ref),
+        quality=DistributionGuidedQuality() if is_v2 else JointQuality(),
+        # GFLv2's release has no floor.
+        criterion={"box_normalizer_min": 1e-12 if is_v2 else 1.0},
+        **kwargs,
+    )
     state = {our_key(key): w for key, w in case(ref, "weights").items()}
     scales = [state.pop(f"scales.{i}").reshape(()) for i in LEVELS]
     model.head.load_state_dict({**state, "scales": torch.stack(scales)})
@@ -45,6 +65,7 @@ def our_key(key):
         "reg_convs": "bbox_subnet",
         "gfl_cls": "cls_score",
         "gfl_reg": "bbox_pred",
+        "reg_conf": "quality_pred",
         ".conv.": ".",
         ".gn.": ".norm.",
         ".scale": "",
@@ -64,18 +85,26 @@ def batch(ref, name):
     return inputs
 
 
-def test_head_forward():
-    ref = load("gfl_head_train")
+@pytest.mark.parametrize("file", ["gfl_head_train", *V2])
+def test_head_forward(file):
+    ref = load(file)
     model = reference_model(ref)
-    logits, distributions = model.head(model.backbone.features)
+    logits, distributions, *quality = model.head(model.backbone.features)
     for i in LEVELS:
-        assert_close_to_largest(logits[i], ref[f"cls_score_l{i}"], 1e-5)
         assert_close_to_largest(distributions[i], ref[f"bbox_pred_l{i}"], 1e-5)
+        if not quality:
+            assert_close_to_largest(logits[i], ref[f"cls_score_l{i}"], 1e-5)
+            continue
+        statistics = model.head.quality_pred.statistics(distributions[i])
+        assert_close_to_largest(statistics, ref[f"stat_l{i}"], 1e-5)
+        assert_close_to_largest(quality[0][i].sigmoid(), ref[f"quality_score_l{i}"], 1e-5)
+        scores = model.head.quality.score_logits(logits[i], quality[0][i]).sigmoid()
+        assert_close_to_largest(scores, ref[f"cls_score_l{i}"], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["both", "one_empty", "none", "low_scores"])
-def test_training(name):
-    ref = load("gfl_head_train")
+@pytest.mark.parametrize(("file", "name"), [*CASES, ("gfl_head_train", "low_scores")])
+def test_training(file, name):
+    ref = load(file)
     model = reference_model(ref)
     if name == "low_scores":
         with torch.no_grad():
@@ -84,8 +113,10 @@ def test_training(name):
     with EventStorage() as storage:
         losses = model(batch(ref, name))
     assert_close(losses["loss_qfl"], ref[f"{name}/loss_cls"], rtol=1e-5, atol=0)
-    assert_close(losses["loss_bbox"], ref[f"{name}/loss_bbox"], rtol=1e-5, atol=0)
-    assert_close(losses["loss_dfl"], ref[f"{name}/loss_dfl"], rtol=1e-5, atol=0)
+    # GFLv2's release divides 0 by 0 where there is no box.
+    zero = torch.zeros(())
+    assert_close(losses["loss_bbox"], ref.get(f"{name}/loss_bbox", zero), rtol=1e-5, atol=0)
+    assert_close(losses["loss_dfl"], ref.get(f"{name}/loss_dfl", zero), rtol=1e-5, atol=0)
 
     num_pos = sum((ref[f"{name}/label_l{i}"] < 4).sum() for i in LEVELS)
     quality = torch.cat([ref[f"{name}/quality_l{i}"] for i in LEVELS]).sum()
@@ -94,9 +125,9 @@ def test_training(name):
     assert latest["gfl/pos_quality"] == pytest.approx(float(quality / num_pos.clamp(min=1)))
 
 
-@pytest.mark.parametrize("name", ["both", "one_empty", "none"])
-def test_gradients(name):
-    ref = load("gfl_head_train")
+@pytest.mark.parametrize(("file", "name"), [x for x in CASES if x[1] != "none" or x[0] not in V2])
+def test_gradients(file, name):
+    ref = load(file)
     model = reference_model(ref).train()
     with EventStorage():
         sum(model(batch(ref, name)).values()).backward()
@@ -128,33 +159,42 @@ def compute_targets(model, ref, name):
     matched = torch.stack(
         [model.assigner(anchors, gt.gt_boxes, v) for gt, v in zip(gt_instances, valid)]
     )
-    logits, distributions = (torch.cat(x, dim=1) for x in model._transpose(model.head(features)))
+    predictions = Predictions(
+        *(torch.cat(x, dim=1) for x in model._transpose(model.head(features)))
+    )
     centers = Boxes.cat(anchors).get_centers()
     sizes = [len(a) for a in anchors]
     strides = torch.repeat_interleave(torch.tensor([8.0, 16, 32, 64, 128]), torch.tensor(sizes))
-    targets = model.criterion.targets(
-        logits, distributions, centers, strides, gt_instances, matched
-    )
-    return targets, logits, valid, sizes
+    targets = model.criterion.targets(predictions, centers, strides, gt_instances, matched, valid)
+    _, weights = model.head.quality.losses(predictions.logits, predictions.quality, targets)
+    logits = model.head.quality.score_logits(predictions.logits, predictions.quality)
+    return targets, weights, logits, sizes
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["both", "one_empty", "none"])
-def test_targets(name):
+@pytest.mark.parametrize(("file", "name"), CASES)
+def test_targets(file, name):
     """Everything that the losses are computed from, and the losses of each level."""
-    ref = load("gfl_head_train")
-    targets, logits, valid, sizes = compute_targets(reference_model(ref), ref, name)
-    labels, quality = targets.labels.split(sizes, dim=1), targets.quality.split(sizes, dim=1)
-    valid, logits = valid.split(sizes, dim=1), logits.split(sizes, dim=1)
+    ref = load(file)
+    model = reference_model(ref)
+    targets, weights, logits, sizes = compute_targets(model, ref, name)
+    labels, valid, quality, logits = (
+        x.split(sizes, dim=1)
+        for x in (targets.labels, targets.valid, targets.spread(targets.iou), logits)
+    )
     level = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))[targets.location]
     first = torch.tensor([0, *sizes]).cumsum(dim=0)
-    num_pos = (targets.labels < 4).sum(dim=1)
+    num_pos = (targets.labels < model.num_classes).sum(dim=1)
     assert num_pos.clamp(min=1).sum() == ref[f"{name}/avg_factor_cls"]
-    assert_close(targets.weights.sum(), ref[f"{name}/pos_weight_sum"], rtol=1e-5, atol=0)
-    box_norm = targets.weights.sum().clamp(min=1)
+    if f"{name}/pos_weight_sum" in ref:
+        assert_close(weights.sum(), ref[f"{name}/pos_weight_sum"], rtol=1e-5, atol=0)
+    box_norm = weights.sum().clamp(min=model.criterion.box_normalizer_min)
 
     for i in LEVELS:
-        assert torch.equal(labels[i].flatten(), ref[f"{name}/label_l{i}"])
+        # The release counts its last channel as a class, and one more as background.
+        is_background = ref[f"{name}/label_l{i}"] >= 4
+        expected = torch.where(is_background, model.num_classes, ref[f"{name}/label_l{i}"])
+        assert torch.equal(labels[i].flatten(), expected)
         assert torch.equal(valid[i].flatten().float(), ref[f"{name}/label_weight_l{i}"])
         assert_close(quality[i].flatten(), ref[f"{name}/quality_l{i}"], rtol=1e-5, atol=1e-6)
         loss = quality_focal_loss(logits[i][valid[i]], labels[i][valid[i]], quality[i][valid[i]])
@@ -168,20 +208,19 @@ def test_targets(name):
         index = targets.image[of_level] * sizes[i] + targets.location[of_level] - first[i]
         assert torch.equal(index, ref[f"{name}/pos_index_l{i}"])
         distances = targets.gt_distances[of_level].clamp(0, 15.9)
-        weights = targets.weights[of_level]
         for ours, theirs in [
             (targets.boxes[of_level], "pos_pred_box"),
             (targets.gt_boxes[of_level], "pos_target_box"),
-            (weights, "pos_weight"),
+            (weights[of_level], "pos_weight"),
             (distances, "pos_dfl_target"),
         ]:
             assert_close(ours, ref[f"{name}/{theirs}_l{i}"], rtol=1e-5, atol=1e-5)
-        loss = 2 * (weights * giou_loss(targets.boxes, targets.gt_boxes)[of_level]).sum()
+        loss = 2 * (weights * giou_loss(targets.boxes, targets.gt_boxes))[of_level].sum()
         assert_close(loss / box_norm, ref[f"{name}/loss_bbox_per_level"][i], rtol=1e-5, atol=0)
         loss = distribution_focal_loss(
-            targets.distributions[of_level].view(-1, 17), distances.flatten()
+            targets.predictions[of_level].view(-1, 17), distances.flatten()
         )
-        loss = 0.25 * (weights * loss.view(-1, 4).mean(dim=1)).sum()
+        loss = 0.25 * (weights[of_level] * loss.view(-1, 4).mean(dim=1)).sum()
         assert_close(loss / box_norm, ref[f"{name}/loss_dfl_per_level"][i], rtol=1e-5, atol=0)
 
 
@@ -224,6 +263,7 @@ def test_predictions_of_every_location():
         assert torch.equal(classes[kept], ref[f"raw/labels_{b}"])
 
 
+@pytest.mark.parametrize("file", ["gfl_head_predict", *V2])
 @pytest.mark.parametrize(
     ("result", "settings"),
     [
@@ -232,16 +272,22 @@ def test_predictions_of_every_location():
     ],
 )
 @torch.no_grad()
-def test_detections(result, settings):
-    ref = load("gfl_head_predict")
+def test_detections(file, result, settings):
+    ref = load(file)
     model = reference_model(ref, **settings).eval()
     sizes = ref["image_sizes"].tolist()
     outputs = model([{"image": torch.zeros(3, h, w)} for h, w in sizes])
     for b, output in enumerate(outputs):
-        detections = output["instances"]
-        assert torch.equal(detections.pred_classes, ref[f"{result}/labels_{b}"])
-        assert_close(detections.scores, ref[f"{result}/scores_{b}"], rtol=1e-5, atol=1e-6)
-        assert_close(detections.pred_boxes.tensor, ref[f"{result}/boxes_{b}"], rtol=1e-5, atol=1e-3)
+        # GFLv2's release keeps boxes that lie in the padding, and so has the fewer others.
+        kept = Boxes(ref[f"{result}/boxes_{b}"]).nonempty()
+        assert kept.all() or file in V2
+        detections = output["instances"][: int(kept.sum())]
+        boxes, scores, labels = (
+            ref[f"{result}/{x}_{b}"][kept] for x in ("boxes", "scores", "labels")
+        )
+        assert torch.equal(detections.pred_classes, labels)
+        assert_close(detections.scores, scores, rtol=1e-5, atol=1e-6)
+        assert_close(detections.pred_boxes.tensor, boxes, rtol=1e-5, atol=1e-3)
 
 
 @torch.no_grad()

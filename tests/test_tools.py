@@ -4,6 +4,7 @@ import json
 
 import cv2
 
+from gfl_d2.metrics import read_metrics
 from scripts import load_script
 
 overfit = load_script("tools/overfit.py")
@@ -33,7 +34,8 @@ def test_plot_metrics(tmp_path, monkeypatch):
         records.append({"iteration": 9, "total_loss": 1.0})
         (run / "metrics.json").write_text("\n".join(map(json.dumps, records)))
         runs.append(str(run))
-    assert plot_metrics.read_metric(tmp_path / "0", "bbox/AP") == {i + 1: i for i in range(5)}
+    metrics = read_metrics(tmp_path / "0")
+    assert {i: record["bbox/AP"] for i, record in metrics.items()} == {i + 1: i for i in range(5)}
 
     output = tmp_path / "curves.png"
     monkeypatch.setattr("sys.argv", ["plot", f"GFL={','.join(runs)}", "--output", str(output)])

@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gfl_d2.metrics import read_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "gfl_R_18_FPN_overfit.yaml"
 
@@ -28,12 +30,6 @@ def take_images(data: dict, count: int) -> dict:
     ids = {image["id"] for image in images}
     annotations = [a for a in data["annotations"] if a["image_id"] in ids]
     return {**data, "images": images, "annotations": annotations}
-
-
-def read_ap(metrics_file: Path) -> float:
-    """AP of the last evaluation, in percent."""
-    lines = metrics_file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["bbox/AP"] for line in lines if '"bbox/AP"' in line][-1]
 
 
 def main() -> None:
@@ -61,7 +57,7 @@ def main() -> None:
     status = subprocess.run([*command, *args.opts], check=False).returncode
     if status:
         sys.exit(status)
-    ap = read_ap(args.output / "metrics.json")
+    ap = list(read_metrics(args.output).values())[-1]["bbox/AP"]
     print(f"AP on the images trained on: {ap:.1f}")
     if not ap >= args.min_ap:  # so that NaN fails too
         sys.exit(f"AP is {ap:.1f}, and at least {args.min_ap:g} was expected")

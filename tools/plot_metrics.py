@@ -11,7 +11,6 @@ between the lowest and the highest as a band.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -20,20 +19,13 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-
-def read_metric(run: Path, name: str) -> dict[int, float]:
-    """Iteration -> value, for the iterations that have it."""
-    values = {}
-    for line in (run / "metrics.json").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if name in record:
-            values[record["iteration"] + 1] = record[name]
-    return values
+from gfl_d2.metrics import read_metrics
 
 
 def plot(axes: plt.Axes, label: str, runs: list[Path], name: str, **style) -> None:
     """Mean and range over ``runs`` at the iterations that all of them have."""
-    series = [read_metric(run, name) for run in runs]
+    records = [read_metrics(run, name) for run in runs]
+    series = [{i: record[name] for i, record in run.items()} for run in records]
     iterations = sorted(set.intersection(*map(set, series)))
     values = np.array([[s[i] for i in iterations] for s in series])
     (line,) = axes.plot(iterations, values.mean(axis=0), label=label, **style)

@@ -1,14 +1,20 @@
-"""Adaptive Training Sample Selection: which locations answer for which ground-truth box."""
+"""
+Adaptive Training Sample Selection: which locations answer for which ground-truth box. The choices
+of ``MODEL.GFL.ASSIGNER``.
+"""
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 from torch import Tensor
 
 from .box_distribution import aligned_iou
 
-__all__ = ["ATSSAssigner"]
+__all__ = ["ATSSAssigner", "DynamicATSSAssigner", "build_assigner"]
 
 # A location is positive only if its distance to every side of the box exceeds this, in pixels.
 _MIN_CENTER_DISTANCE = 0.01
@@ -48,7 +54,11 @@ class ATSSAssigner:
 
     @torch.no_grad()
     def __call__(
-        self, anchors: list[Boxes], gt_boxes: Boxes, valid: Tensor | None = None
+        self,
+        anchors: list[Boxes],
+        gt_boxes: Boxes,
+        valid: Tensor | None = None,
+        predict: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """
         Args:
@@ -56,6 +66,8 @@ class ATSSAssigner:
             gt_boxes: the M ground-truth boxes, in the same unit (pixels).
             valid: shape (R,), bool. Other anchors take no part: they are never candidates.
                 All by default.
+            predict: gives the boxes, shape (..., 4), that are predicted at anchors of given
+                indices, shape (...), int64 into the R anchors. Not needed here.
 
         Returns:
             Tensor: shape (R,), int64: index in [0, M) of the box assigned to each anchor, or -1.
@@ -69,13 +81,32 @@ class ATSSAssigner:
         gt = gt_boxes.tensor
         index, is_candidate = self._candidates(anchors, gt_boxes.get_centers(), valid)  # (M, K)
         candidates = all_anchors[index]  # (M, K, 4)
-        iou = aligned_iou(candidates, gt[:, None, :])  # (M, K)
+        ious = self._ious(index, candidates, gt[:, None, :], predict)  # of (M, K) each
+        iou, threshold = sum(ious), sum(_threshold(x, is_candidate) for x in ious)
 
         centers = (candidates[..., :2] + candidates[..., 2:]) / 2
         sides = torch.cat((centers - gt[:, None, :2], gt[:, None, 2:] - centers), dim=-1)
         is_inside = sides.amin(dim=-1) > _MIN_CENTER_DISTANCE
-        is_positive = is_candidate & is_inside & (iou >= _threshold(iou, is_candidate))
+        is_positive = is_candidate & is_inside & (iou >= threshold)
         return _best_box(index, iou, is_positive, num_anchors=len(all_anchors))
+
+    def _ious(
+        self,
+        index: Tensor,
+        candidates: Tensor,
+        gt: Tensor,
+        predict: Callable[[Tensor], Tensor] | None,
+    ) -> list[Tensor]:
+        """
+        The measures, each of shape (M, K), whose sum candidates are chosen by.
+
+        Args:
+            index: shape (M, K), int64 into the R anchors.
+            candidates: shape (M, K, 4), their boxes.
+            gt: shape (M, 1, 4).
+            predict: as in :meth:`__call__`.
+        """
+        return [aligned_iou(candidates, gt)]
 
     def _candidates(
         self, anchors: list[Boxes], gt_centers: Tensor, valid: Tensor
@@ -115,6 +146,25 @@ class ATSSAssigner:
             nearest.append(distance.topk(min(self.topk, num_anchors), dim=1, largest=False))
         distances, indices = zip(*nearest)
         return torch.cat(distances), torch.cat(indices)
+
+
+class DynamicATSSAssigner(ATSSAssigner):
+    """
+    Dynamic ATSS (Zhang et al., J. Imaging 8(7):193, 2022): as :class:`ATSSAssigner`, by the sum of
+    two IoUs with the ground truth, the anchor's and the predicted box's. The threshold is the sum
+    of their means and standard deviations.
+    """
+
+    def _ious(self, index, candidates, gt, predict):
+        if predict is None:
+            raise ValueError("DynamicATSSAssigner needs `predict`, which gives predicted boxes")
+        return [aligned_iou(candidates, gt), aligned_iou(predict(index), gt)]
+
+
+def build_assigner(cfg: CfgNode) -> ATSSAssigner:
+    """The choice of ``MODEL.GFL.ASSIGNER``."""
+    assigners = {"atss": ATSSAssigner, "dynamic_atss": DynamicATSSAssigner}
+    return assigners[cfg.MODEL.GFL.ASSIGNER](topk=cfg.MODEL.GFL.ATSS_TOPK)
 
 
 def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from ..config import check_gfl_config
 from ..errors import InputError
 from ..precision import full_precision
-from .assigner import ATSSAssigner
-from .box_distribution import distance_to_bbox, integral
-from .criterion import GFLCriterion
+from .anchor_generator import build_anchor_generator
+from .assigner import ATSSAssigner, build_assigner
+from .box_distribution import distance_to_bbox
+from .criterion import GFLCriterion, Predictions
 from .head import GFLHead
 
 __all__ = ["GFL"]
@@ -33,8 +35,11 @@ class GFL(DenseDetector):
     trained to be the IoU of the predicted box (QFL), and whose box sides are predicted as
     distributions (DFL).
 
-    Shapes: N images, L levels, Ri locations on level i, R over all levels, C classes,
-    n = ``reg_max``. Boxes are XYXY in pixels of the network input, distances in strides.
+    Both are choices, ``head.quality`` and ``head.box``: others make it ATSS, GFLv2 and what lies
+    between.
+
+    Shapes: N images, L levels, Ri locations on level i, R over all levels, C classes, V numbers a
+    box side. Boxes are XYXY in pixels of the network input, distances in strides.
     """
 
     @configurable
@@ -57,24 +62,31 @@ class GFL(DenseDetector):
         """
         Args:
             backbone: gives the feature pyramid.
-            head: predicts class logits and box distributions on each level.
+            head: predicts class logits and boxes on each level.
             head_in_features: names of the backbone's features that the head takes, from high to
                 low resolution.
             anchor_generator: one square anchor per location.
-            assigner: called with the anchors of each level, the ground-truth boxes of an image
-                and a mask of valid anchors, gives the index of the box of each anchor, or -1.
-            criterion: computes the losses.
+            assigner: called as :class:`ATSSAssigner` is.
+            criterion: computes the losses, for the same representation of box and quality as the
+                head's.
             test_score_thresh: only (location, class) pairs that score higher are kept.
             test_topk_candidates: best pairs kept on each level before NMS.
             test_nms_thresh: IoU above which NMS suppresses a box of the same class.
             max_detections_per_image: best detections kept after NMS.
             pixel_mean, pixel_std: per channel, in the order of the input images.
+
+        Raises:
+            ValueError: head and criterion differ in what is predicted.
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
+        if (head.box, head.quality) != (criterion.box, criterion.quality):
+            raise ValueError(
+                f"The head is for {head.box} and {head.quality}, the criterion for "
+                f"{criterion.box} and {criterion.quality}"
+            )
         self.num_classes = head.num_classes
-        self.reg_max = head.reg_max
         self.anchor_generator = anchor_generator
         self.assigner = assigner
         self.criterion = criterion
@@ -107,22 +119,17 @@ class GFL(DenseDetector):
                 "The features of MODEL.GFL.IN_FEATURES need the same number of channels, got "
                 f"{[shape.channels for shape in feature_shapes]}"
             )
+        head = GFLHead(cfg, feature_shapes)
         return {
             "backbone": backbone,
-            "head": GFLHead(cfg, feature_shapes),
+            "head": head,
             "head_in_features": list(cfg.MODEL.GFL.IN_FEATURES),
-            "anchor_generator": DefaultAnchorGenerator(
-                sizes=[[cfg.MODEL.GFL.ANCHOR_SCALE * stride] for stride in strides],
-                aspect_ratios=[1.0],
-                strides=strides,
-                offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
-            ),
-            "assigner": ATSSAssigner(topk=cfg.MODEL.GFL.ATSS_TOPK),
+            "anchor_generator": build_anchor_generator(cfg, strides),
+            "assigner": build_assigner(cfg),
             "criterion": GFLCriterion(
-                qfl_beta=cfg.MODEL.GFL.QFL_BETA,
-                qfl_weight=cfg.MODEL.GFL.LOSS_QFL_WEIGHT,
+                box=head.box,
+                quality=head.quality,
                 bbox_weight=cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
-                dfl_weight=cfg.MODEL.GFL.LOSS_DFL_WEIGHT,
                 box_normalizer_min=cfg.MODEL.GFL.BOX_NORMALIZER_MIN,
             ),
             "test_score_thresh": cfg.MODEL.GFL.SCORE_THRESH_TEST,
@@ -137,7 +144,7 @@ class GFL(DenseDetector):
         self,
         images: ImageList,
         features: list[Tensor],
-        predictions: tuple[list[Tensor], list[Tensor]],
+        predictions: tuple[list[Tensor], ...],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         """
@@ -148,19 +155,26 @@ class GFL(DenseDetector):
             gt_instances: N Instances with ``gt_boxes`` and ``gt_classes``.
 
         Returns:
-            dict[str, Tensor]: ``loss_qfl``, ``loss_bbox``, ``loss_dfl``, weighted scalars.
+            dict[str, Tensor]: weighted scalars: ``loss_bbox`` and those of the representations,
+            in GFL ``loss_qfl`` and ``loss_dfl``.
         """
         anchors = self.anchor_generator(features)
+        centers, strides = _centers_and_strides(anchors, self.anchor_generator.strides)
+        predictions = Predictions(
+            *(full_precision(cat(levels, dim=1)) for levels in self._transpose(predictions))
+        )
         valid = self._valid_locations(features, images.image_sizes)
         matched = [
-            self.assigner(anchors, gt.gt_boxes, valid_i) for gt, valid_i in zip(gt_instances, valid)
+            self.assigner(
+                anchors,
+                gt.gt_boxes,
+                valid_i,
+                functools.partial(self._decode, boxes.detach(), centers, strides),
+            )
+            for gt, valid_i, boxes in zip(gt_instances, valid, predictions.boxes)
         ]
-        logits, distributions = (
-            full_precision(cat(levels, dim=1)) for levels in self._transpose(predictions)
-        )
-        centers, strides = _centers_and_strides(anchors, self.anchor_generator.strides)
         losses, diagnostics = self.criterion(
-            logits, distributions, centers, strides, gt_instances, torch.stack(matched), valid
+            predictions, centers, strides, gt_instances, torch.stack(matched), valid
         )
         # One transfer from the device for all.
         values = torch.stack(list(diagnostics.values())).tolist()
@@ -168,12 +182,24 @@ class GFL(DenseDetector):
             get_event_storage().put_scalar(f"gfl/{name}", value)
         return losses
 
-    def _transpose(
-        self, predictions: tuple[list[Tensor], list[Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level, maps -> shape (N, Ri, C) and (N, Ri, 4 * (n + 1))."""
+    def _decode(self, predictions: Tensor, centers: Tensor, strides: Tensor, index: Tensor):
+        """
+        Args:
+            predictions: shape (R, 4 * V), of boxes.
+            centers: shape (R, 2), in pixels.
+            strides: shape (R,), in pixels.
+            index: shape (...), int64 in [0, R).
+
+        Returns:
+            Tensor: shape (..., 4), boxes.
+        """
+        distances = self.head.box.decode(predictions[index]) * strides[index][..., None]
+        return distance_to_bbox(centers[index], distances)
+
+    def _transpose(self, predictions: tuple[list[Tensor], ...]) -> list[list[Tensor]]:
+        """Per prediction and level, maps of shape (N, X, Hi, Wi) -> shape (N, Ri, X)."""
         return self._transpose_dense_predictions(
-            predictions, [self.num_classes, 4 * (self.reg_max + 1)]
+            predictions, [levels[0].shape[1] for levels in predictions]
         )
 
     def _valid_locations(
@@ -206,7 +232,7 @@ class GFL(DenseDetector):
         self,
         images: ImageList,
         features: list[Tensor],
-        predictions: tuple[list[Tensor], list[Tensor]],
+        predictions: tuple[list[Tensor], ...],
     ) -> list[Instances]:
         """
         Args:
@@ -219,10 +245,12 @@ class GFL(DenseDetector):
             ``pred_classes``, by descending score.
         """
         anchors = self.anchor_generator(features)
-        logits, distributions = self._transpose(predictions)
+        levels = [Predictions(*level) for level in zip(*self._transpose(predictions))]
+        logits = [self.head.quality.score_logits(level.logits, level.quality) for level in levels]
+        boxes = [level.boxes for level in levels]
         return [
             self._inference_single_image(
-                anchors, [x[i] for x in logits], [x[i] for x in distributions], image_size
+                anchors, [x[i] for x in logits], [x[i] for x in boxes], image_size
             )
             for i, image_size in enumerate(images.image_sizes)
         ]
@@ -231,17 +259,17 @@ class GFL(DenseDetector):
         self,
         anchors: list[Boxes],
         logits: list[Tensor],
-        distributions: list[Tensor],
+        boxes: list[Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
         """
         Args:
             anchors: per level.
-            logits: per level, shape (Ri, C).
-            distributions: per level, shape (Ri, 4 * (n + 1)).
+            logits: per level, shape (Ri, C), of the scores.
+            boxes: per level, shape (Ri, 4 * V), predictions.
             image_size: (height, width) that boxes are clipped to.
         """
-        levels = zip(anchors, self.anchor_generator.strides, logits, distributions)
+        levels = zip(anchors, self.anchor_generator.strides, logits, boxes)
         candidates = [self._decode_candidates(*level) for level in levels]
         boxes, scores, classes = (cat(parts) for parts in zip(*candidates))
         boxes = Boxes(boxes)
@@ -255,14 +283,14 @@ class GFL(DenseDetector):
         return result[keep[: self.max_detections_per_image]]
 
     def _decode_candidates(
-        self, anchors: Boxes, stride: int, logits: Tensor, distributions: Tensor
+        self, anchors: Boxes, stride: int, logits: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Select the best (location, class) pairs of one level and decode their boxes.
 
         Args:
-            logits: shape (Ri, C).
-            distributions: shape (Ri, 4 * (n + 1)).
+            logits: shape (Ri, C), of the scores.
+            boxes: shape (Ri, 4 * V), predictions.
 
         Returns:
             boxes (Tensor), scores (Tensor), classes (Tensor): shapes (K, 4), (K,) and (K,), by
@@ -273,7 +301,7 @@ class GFL(DenseDetector):
         scores, order = scores[index].topk(min(len(index), self.test_topk_candidates))
         index = index[order]
         location = index.div(self.num_classes, rounding_mode="floor")
-        distances = integral(distributions[location], self.reg_max) * stride
+        distances = self.head.box.decode(boxes[location]) * stride
         boxes = distance_to_bbox(anchors.get_centers()[location], distances)
         return boxes, scores, index % self.num_classes
 

@@ -9,14 +9,18 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
+from .box_representation import BoxRepresentation, GeneralDistribution, build_box_representation
+from .quality import JointQuality, Quality, build_quality
+
 __all__ = ["GFLHead"]
 
 
 class GFLHead(nn.Module):
     """
     Two towers of 3x3 convolutions, shared by all levels, that predict for each location C class
-    logits, whose scores stand for class and localization quality at once, and 4 * (n + 1) logits
-    of the distributions of its distances to the left, top, right and bottom side of a box.
+    logits, V numbers for the distance to each of the four sides of a box, and, if ``quality`` asks
+    for it, a logit of the localization quality. In GFL, V = n + 1 logits of a distribution, and
+    the class scores stand for class and quality at once.
     """
 
     @configurable
@@ -29,7 +33,8 @@ class GFLHead(nn.Module):
         conv_dim: int = 256,
         norm: str = "GN",
         prior_prob: float = 0.01,
-        reg_max: int = 16,
+        box: BoxRepresentation = GeneralDistribution(),
+        quality: Quality = JointQuality(),
     ):
         """
         Args:
@@ -39,7 +44,8 @@ class GFLHead(nn.Module):
             conv_dim: channels of the towers.
             norm: normalization in the towers, see :func:`detectron2.layers.get_norm`.
             prior_prob: score of every class at initialization.
-            reg_max: n, the last bin of the distributions.
+            box: what is predicted of a box.
+            quality: what scores stand for beside the class, and what predicts it.
 
         Raises:
             ValueError: the levels differ in channels.
@@ -49,14 +55,16 @@ class GFLHead(nn.Module):
         if len(in_channels) != 1:
             raise ValueError(f"All levels need the same number of channels, got {in_channels}")
         self.num_classes = num_classes
-        self.reg_max = reg_max
+        self.box = box
+        self.quality = quality
 
         dims = [in_channels.pop()] + [conv_dim] * num_convs
         self.cls_subnet = _tower(dims, norm)
         self.bbox_subnet = _tower(dims, norm)
         self.cls_score = nn.Conv2d(dims[-1], num_classes, kernel_size=3, padding=1)
-        self.bbox_pred = nn.Conv2d(dims[-1], 4 * (reg_max + 1), kernel_size=3, padding=1)
-        # One factor per level, on the logits of the distributions.
+        self.bbox_pred = nn.Conv2d(dims[-1], 4 * box.num_values, kernel_size=3, padding=1)
+        self.quality_pred = quality.build_predictor(dims[-1], box)
+        # One factor per level, on the box predictions.
         self.scales = nn.Parameter(torch.ones(len(input_shape)))
 
         for module in self.modules():
@@ -75,29 +83,37 @@ class GFLHead(nn.Module):
             "conv_dim": cfg.MODEL.GFL.CONV_DIM,
             "norm": cfg.MODEL.GFL.NORM,
             "prior_prob": cfg.MODEL.GFL.PRIOR_PROB,
-            "reg_max": cfg.MODEL.GFL.REG_MAX,
+            "box": build_box_representation(cfg),
+            "quality": build_quality(cfg),
         }
 
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], ...]:
         """
         Args:
             features: one tensor of shape (N, channels, Hi, Wi) per level.
 
         Returns:
             logits (list[Tensor]): per level, shape (N, C, Hi, Wi).
-            distributions (list[Tensor]): per level, shape (N, 4 * (n + 1), Hi, Wi), logits; the
-                n + 1 bins of left come first, then top, right, bottom.
+            boxes (list[Tensor]): per level, shape (N, 4 * V, Hi, Wi); the V numbers of left come
+                first, then top, right, bottom.
+            quality (list[Tensor]): per level, shape (N, 1, Hi, Wi), logits. Only where
+                ``quality`` has a predictor.
 
         Raises:
             ValueError: another number of levels than the head was built for.
         """
         if len(features) != len(self.scales):
             raise ValueError(f"Expected {len(self.scales)} levels, got {len(features)}")
-        logits, distributions = [], []
-        for feature, scale in zip(features, self.scales):
-            logits.append(self.cls_score(self.cls_subnet(feature)))
-            distributions.append(self.bbox_pred(self.bbox_subnet(feature)) * scale)
-        return logits, distributions
+        predictions = [self._forward_level(*level) for level in zip(features, self.scales)]
+        return tuple(list(maps) for maps in zip(*predictions))
+
+    def _forward_level(self, feature: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        logits = self.cls_score(self.cls_subnet(feature))
+        bbox_feature = self.bbox_subnet(feature)
+        boxes = self.bbox_pred(bbox_feature) * scale
+        if self.quality_pred is None:
+            return logits, boxes
+        return logits, boxes, self.quality_pred(bbox_feature, boxes)
 
 
 def _tower(dims: list[int], norm: str) -> nn.Sequential:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..precision import full_precision
 from .box_distribution import MIN_AREA, box_area, iou_and_union
 
-__all__ = ["distribution_focal_loss", "giou_loss", "quality_focal_loss"]
+__all__ = ["distribution_focal_loss", "gaussian_kl_loss", "giou_loss", "quality_focal_loss"]
 
 
 def quality_focal_loss(
@@ -69,6 +69,30 @@ def distribution_focal_loss(logits: Tensor, target: Tensor, reduction: str = "no
     weight_right = target - left
     log_left, log_right = log_probs.gather(1, torch.stack((left, left + 1), dim=1)).unbind(dim=1)
     return _reduce(-((1 - weight_right) * log_left + weight_right * log_right), reduction)
+
+
+def gaussian_kl_loss(
+    mean: Tensor, log_variance: Tensor, target: Tensor, reduction: str = "none"
+) -> Tensor:
+    """
+    Divergence of a predicted Gaussian from a target known exactly, up to a constant (He et al.,
+    "Bounding Box Regression with Uncertainty", CVPR 2019, eq. 9 and 10): with d = |target - mean|
+    and s = log variance, ``exp(-s) * d^2 / 2 + s / 2`` where d <= 1, and beyond, where a square
+    would let few targets rule the gradient, ``exp(-s) * (d - 1/2) + s / 2``.
+
+    Args:
+        mean, log_variance, target: of one shape, in any common unit.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        Tensor: of the shape of the arguments, or a scalar if reduced.
+
+    Raises:
+        ValueError: unknown ``reduction``.
+    """
+    mean, log_variance = full_precision(mean), full_precision(log_variance)
+    error = F.smooth_l1_loss(mean, target.to(mean), reduction="none", beta=1.0)
+    return _reduce((-log_variance).exp() * error + log_variance / 2, reduction)
 
 
 def giou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:

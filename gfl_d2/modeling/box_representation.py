@@ -1,0 +1,147 @@
+"""What the head predicts of a box: the choices of ``MODEL.GFL.BOX_REPRESENTATION``."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from ..precision import full_precision
+from .box_distribution import integral
+from .losses import distribution_focal_loss, gaussian_kl_loss
+
+__all__ = [
+    "BoxRepresentation",
+    "DiracDelta",
+    "Gaussian",
+    "GeneralDistribution",
+    "build_box_representation",
+]
+
+# How far DFL targets stay below the last bin, in bins, as in the reference implementation.
+_DFL_TARGET_MARGIN = 0.1
+# Largest factor between a predicted distance and the prior's, as in Detectron2's Box2BoxTransform.
+_MAX_LOG_FACTOR = math.log(1000 / 16)
+# Bounds of a predicted log variance. Beyond them lie exponentials that overflow in training.
+_MAX_LOG_VARIANCE = 10.0
+
+
+class BoxRepresentation(ABC):
+    """
+    How the head predicts the distances from a location to the left, top, right and bottom side of
+    a box: by V numbers a side, those of left first. Distances are in strides of the level.
+
+    Shapes: P positive locations.
+    """
+
+    # V.
+    num_values: int
+    # The largest distance that can be predicted.
+    max_distance: float
+
+    @abstractmethod
+    def decode(self, predictions: Tensor) -> Tensor:
+        """
+        Args:
+            predictions: shape (..., 4 * V).
+
+        Returns:
+            Tensor: shape (..., 4), distances >= 0, in float32 or better.
+        """
+
+    def losses(self, predictions: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """
+        The losses that shape the prediction, beside that of the decoded box. None by default.
+
+        Args:
+            predictions: shape (P, 4 * V).
+            target: shape (P, 4), distances.
+
+        Returns:
+            dict[str, Tensor]: of shape (P,), means over the four sides, weighted.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class GeneralDistribution(BoxRepresentation):
+    """
+    The n + 1 logits of a distribution over the distances y_i = i * ``bin_width``, whose mean is
+    the prediction, trained with Distribution Focal Loss (GFL paper, section 3).
+    """
+
+    reg_max: int = 16  # n
+    bin_width: float = 1.0  # in strides
+    dfl_weight: float = 0.25  # 0 for no DFL
+
+    @property
+    def num_values(self) -> int:
+        return self.reg_max + 1
+
+    @property
+    def max_distance(self) -> float:
+        return self.reg_max * self.bin_width
+
+    def decode(self, predictions: Tensor) -> Tensor:
+        return integral(predictions, self.reg_max) * self.bin_width
+
+    def losses(self, predictions: Tensor, target: Tensor) -> dict[str, Tensor]:
+        target = (target / self.bin_width).clamp(min=0, max=self.reg_max - _DFL_TARGET_MARGIN)
+        loss = distribution_focal_loss(predictions.reshape(-1, self.num_values), target.flatten())
+        return {"loss_dfl": self.dfl_weight * loss.view(-1, 4).mean(dim=1)}
+
+
+@dataclass(frozen=True)
+class DiracDelta(BoxRepresentation):
+    """
+    One number a side, the logarithm of its distance relative to a prior, that of the anchor: a
+    Dirac delta distribution, as FCOS, ATSS and most others have it.
+    """
+
+    prior: float = 4.0  # in strides
+
+    num_values: ClassVar[int] = 1
+
+    @property
+    def max_distance(self) -> float:
+        return self.prior * math.exp(_MAX_LOG_FACTOR)
+
+    def decode(self, predictions: Tensor) -> Tensor:
+        return self.prior * full_precision(predictions).clamp(max=_MAX_LOG_FACTOR).exp()
+
+
+@dataclass(frozen=True)
+class Gaussian(DiracDelta):
+    """
+    Mean and variance of a Gaussian: the mean as :class:`DiracDelta` has it, then the logarithm of
+    the variance (in strides squared), trained with the KL loss of He et al., CVPR 2019.
+    """
+
+    nll_weight: float = 0.25
+
+    num_values: ClassVar[int] = 2
+
+    def decode(self, predictions: Tensor) -> Tensor:
+        return super().decode(predictions.unflatten(-1, (4, 2))[..., 0])
+
+    def losses(self, predictions: Tensor, target: Tensor) -> dict[str, Tensor]:
+        log_variance = full_precision(predictions).unflatten(-1, (4, 2))[..., 1]
+        log_variance = log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
+        loss = gaussian_kl_loss(self.decode(predictions), log_variance, target)
+        return {"loss_nll": self.nll_weight * loss.mean(dim=1)}
+
+
+def build_box_representation(cfg: CfgNode) -> BoxRepresentation:
+    """The choice of ``MODEL.GFL.BOX_REPRESENTATION``, whose keys are in :mod:`gfl_d2.config`."""
+    gfl = cfg.MODEL.GFL
+    prior = gfl.ANCHOR_SCALE / 2  # an anchor's side is that far from its centre
+    build = {
+        "general": lambda: GeneralDistribution(gfl.REG_MAX, gfl.BIN_WIDTH, gfl.LOSS_DFL_WEIGHT),
+        "dirac": lambda: DiracDelta(prior),
+        "gaussian": lambda: Gaussian(prior, gfl.LOSS_NLL_WEIGHT),
+    }
+    return build[gfl.BOX_REPRESENTATION]()

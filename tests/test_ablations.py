@@ -1,0 +1,163 @@
+"""The ablation grid: every combination of choices, and the configs of the paper's tables."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from gfl_d2 import load_config
+from gfl_d2.errors import InputError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ROWS = sorted(p for p in (CONFIGS / "ablations").glob("*.yaml") if not p.stem.startswith("Base"))
+
+# Of each choice: the losses that it brings, and the predictions beside the classes.
+QUALITIES = {
+    "joint": {"loss_qfl"},
+    "dgqp": {"loss_qfl"},
+    "none": {"loss_cls"},
+    "centerness": {"loss_cls", "loss_centerness"},
+    "iou": {"loss_cls", "loss_iou"},
+    "centerness_guided": {"loss_cls"},
+    "iou_guided": {"loss_cls"},
+}
+BOXES = {"general": {"loss_dfl"}, "dirac": set(), "gaussian": {"loss_nll"}}
+NUM_VALUES = {"general": 17, "dirac": 1, "gaussian": 2}
+
+
+def build(quality: str, box: str, assigner: str = "atss", *opts):
+    """A small model of these choices."""
+    cfg = load_config(
+        str(CONFIGS / "gfl_R_18_FPN_bccd_reference.yaml"),
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+            *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.GFL.CONV_DIM", 64, "MODEL.GFL.NUM_CONVS", 1),
+            *("MODEL.GFL.QUALITY", quality, "MODEL.GFL.BOX_REPRESENTATION", box),
+            *("MODEL.GFL.ASSIGNER", assigner, *opts),
+        ],
+    )
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def make_inputs(boxes=((10.0, 8.0, 70.0, 60.0), (30.0, 20.0, 90.0, 50.0))):
+    gt = Instances((64, 96))
+    gt.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    gt.gt_classes = torch.arange(len(boxes)) % 3
+    return {"image": torch.rand(3, 64, 96) * 255, "instances": gt}
+
+
+@pytest.mark.parametrize(
+    ("quality", "box", "assigner"),
+    [
+        choice
+        for choice in itertools.product(QUALITIES, BOXES, ("atss", "dynamic_atss"))
+        if choice[0] != "dgqp" or choice[1] == "general"
+    ],
+)
+def test_every_combination_trains_and_detects(quality, box, assigner):
+    model = build(quality, box, assigner, "MODEL.GFL.SCORE_THRESH_TEST", 0.001).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    inputs = [make_inputs(), make_inputs([])]
+    for _ in range(2):
+        with EventStorage():
+            losses = model(inputs)
+        assert set(losses) == QUALITIES[quality] | BOXES[box] | {"loss_bbox"}
+        assert all(loss.isfinite() for loss in losses.values())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert name.startswith("backbone") or (parameter.grad != 0).any(), name
+        optimizer.step()
+
+    assert model.head.bbox_pred.out_channels == 4 * NUM_VALUES[box]
+    with torch.no_grad():
+        (output,) = model.eval()(inputs[:1])
+    detections = output["instances"]
+    assert len(detections) > 0
+    assert detections.pred_boxes.tensor.isfinite().all()
+    assert detections.scores.max() <= 1
+
+
+@pytest.mark.parametrize("box", ["dirac", "gaussian"])
+def test_quality_of_distributions_needs_distributions(box):
+    with pytest.raises(InputError, match=r"MODEL\.GFL\.BOX_REPRESENTATION.*MODEL\.GFL\.QUALITY"):
+        build("dgqp", box)
+
+
+def test_quality_of_distributions_needs_enough_bins():
+    with pytest.raises(InputError, match=r"MODEL\.GFL\.DGQP_TOPK.*MODEL\.GFL\.REG_MAX"):
+        build("dgqp", "general", "atss", "MODEL.GFL.REG_MAX", 2)
+
+
+def test_values_reach_the_choices():
+    model = build("dgqp", "general", "dynamic_atss", "MODEL.GFL.DGQP_TOPK", 3,
+                  "MODEL.GFL.DGQP_CHANNELS", 8, "MODEL.GFL.BIN_WIDTH", 0.5,
+                  "MODEL.GFL.LOSS_DFL_WEIGHT", 0.5, "MODEL.GFL.ATSS_TOPK", 5)  # fmt: skip
+    assert model.head.quality_pred[0].in_channels == 4 * 4
+    assert model.head.quality_pred[0].out_channels == 8
+    assert (model.head.box.bin_width, model.head.box.dfl_weight) == (0.5, 0.5)
+    assert type(model.assigner).__name__ == "DynamicATSSAssigner"
+    assert model.assigner.topk == 5
+
+    model = build("iou", "gaussian", "atss", "MODEL.GFL.FOCAL_LOSS_ALPHA", 0.5,
+                  "MODEL.GFL.FOCAL_LOSS_GAMMA", 1.0, "MODEL.GFL.LOSS_CLS_WEIGHT", 3.0,
+                  "MODEL.GFL.LOSS_QUALITY_WEIGHT", 4.0, "MODEL.GFL.LOSS_NLL_WEIGHT", 5.0,
+                  "MODEL.GFL.ANCHOR_SCALE", 6.0)  # fmt: skip
+    quality = model.head.quality
+    assert (quality.alpha, quality.gamma, quality.weight) == (0.5, 1.0, 3.0)
+    assert quality.quality_weight == 4.0
+    assert (model.head.box.prior, model.head.box.nll_weight) == (3.0, 5.0)
+
+
+# Table 1a, ATSS column; table 2a, ATSS column; table 3.
+PUBLISHED = {
+    "table_1a_no_quality_branch": ("none", "dirac", 38.0),
+    "table_1a_centerness_branch": ("centerness", "dirac", 39.2),
+    "table_1a_iou_branch": ("iou", "dirac", 39.6),
+    "table_1a_centerness_guided": ("centerness_guided", "dirac", 38.2),
+    "table_1a_iou_guided": ("iou_guided", "dirac", 38.9),
+    "table_1a_joint_qfl": ("joint", "dirac", 39.9),
+    "table_2a_dirac_delta": ("centerness", "dirac", 39.2),
+    "table_2a_gaussian": ("centerness", "gaussian", 39.3),
+    "table_2a_general": ("centerness", "general", 39.3),
+    "table_2a_general_dfl": ("centerness", "general", 39.5),
+    "table_3_atss": ("centerness", "dirac", 39.2),
+    "table_3_qfl": ("joint", "dirac", 39.9),
+    "table_3_dfl": ("centerness", "general", 39.5),
+    "table_3_qfl_dfl": ("joint", "general", 40.2),
+}
+
+
+def test_every_row_has_a_config():
+    assert {row.stem for row in ROWS} == {*PUBLISHED, "dynamic_atss"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_row(name):
+    quality, box, ap = PUBLISHED[name]
+    path = CONFIGS / "ablations" / f"{name}.yaml"
+    gfl = load_config(str(path)).MODEL.GFL
+    assert (quality, box, "atss") == (gfl.QUALITY, gfl.BOX_REPRESENTATION, gfl.ASSIGNER)
+    assert (0.0 if name == "table_2a_general" else 0.25) == gfl.LOSS_DFL_WEIGHT
+    assert re.search(r"Published[^:]*: ([\d.]+) /", path.read_text()).group(1) == str(ap)
+
+
+def test_rows_change_nothing_else():
+    """Schedule, data and backbone are those of gfl_R_50_FPN_1x."""
+    base = load_config(str(CONFIGS / "gfl_R_50_FPN_1x.yaml"))
+    for row in ROWS:
+        cfg = load_config(str(row))
+        for key in ("QUALITY", "BOX_REPRESENTATION", "ASSIGNER", "LOSS_DFL_WEIGHT"):
+            cfg.defrost()
+            cfg.MODEL.GFL[key] = base.MODEL.GFL[key]
+        assert cfg == base, row.stem
