@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import cv2
+import pytest
 
 from gfl_d2.metrics import read_metrics
-from scripts import load_script
+from scripts import ROOT, load_script
 
+run_ablations = load_script("tools/run_ablations.py")
 overfit = load_script("tools/overfit.py")
 plot_metrics = load_script("tools/plot_metrics.py")
 
@@ -41,3 +44,55 @@ def test_plot_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plot", f"GFL={','.join(runs)}", "--output", str(output)])
     plot_metrics.main()
     assert cv2.imread(str(output)).shape[1] > 500
+
+
+class TestRunAblations:
+    ROWS = tuple(str(ROOT / "configs" / "ablations" / f"table_3_{x}.yaml") for x in ("atss", "qfl"))
+
+    def run(self, monkeypatch, folder, *opts):
+        """The grid with a training that writes its metrics at once; its runs, in order."""
+        runs = []
+
+        def train(config_file, opts, seed, output):
+            runs.append((output.parent.name, seed, opts))
+            output.mkdir(parents=True)
+            ap = {"bbox/AP": 40.0 + seed, "bbox/AP50": 60.0, "bbox/AP75": 41.0}
+            (output / "metrics.json").write_text(json.dumps({"iteration": 1000, **ap}))
+
+        monkeypatch.setattr(run_ablations, "train", train)
+        config = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
+        arguments = [*self.ROWS, "--config-file", config, "--seeds", "0", "1"]
+        monkeypatch.setattr("sys.argv", ["run", *arguments, "--output", str(folder), *opts])
+        run_ablations.main()
+        return runs
+
+    def test_every_row_with_every_seed(self, monkeypatch, tmp_path, capsys):
+        runs = self.run(monkeypatch, tmp_path, "--", "MODEL.DEVICE", "cpu")
+        names = [(name, seed) for name, seed, _ in runs]
+        assert names == [(f"table_3_{x}", seed) for seed in (0, 1) for x in ("atss", "qfl")]
+        atss, qfl = (dict(zip(opts[::2], opts[1::2])) for _, _, opts in runs[:2])
+        assert atss == {
+            "MODEL.GFL.QUALITY": "centerness",
+            "MODEL.GFL.BOX_REPRESENTATION": "dirac",
+            "MODEL.DEVICE": "cpu",
+        }
+        assert qfl == {"MODEL.GFL.BOX_REPRESENTATION": "dirac", "MODEL.DEVICE": "cpu"}
+        assert "| table_3_qfl | 40.5 | 0.7 | 60.0 | 41.0 | 40.0, 41.0 |" in capsys.readouterr().out
+
+    def test_goes_on_where_it_stopped(self, monkeypatch, tmp_path):
+        self.run(monkeypatch, tmp_path)
+        shutil.rmtree(tmp_path / "table_3_qfl" / "1")
+        runs = self.run(monkeypatch, tmp_path)
+        assert [(name, seed) for name, seed, _ in runs] == [("table_3_qfl", 1)]
+
+    def test_training_that_is_not_done_has_no_result(self, tmp_path):
+        record = {"iteration": 499, "bbox/AP": 1.0, "bbox/AP50": 2.0, "bbox/AP75": 3.0}
+        (tmp_path / "metrics.json").write_text(json.dumps(record))
+        assert run_ablations.read_result(tmp_path, 1000) is None
+        assert run_ablations.read_result(tmp_path / "absent", 1000) is None
+        assert run_ablations.read_result(tmp_path, 500) == {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}
+
+    def test_a_mistake_is_found_before_any_training(self, monkeypatch, tmp_path):
+        with pytest.raises(SystemExit, match=r"MODEL\.GFL\.REG_MAX"):
+            self.run(monkeypatch, tmp_path, "--", "MODEL.GFL.REG_MAX", "0")
+        assert list(tmp_path.iterdir()) == []

@@ -49,7 +49,7 @@ class Targets(NamedTuple):
 
     def spread(self, values: Tensor, background: float = 0.0) -> Tensor:
         """Values of the positives, shape (P,), among all locations, shape (N, R)."""
-        spread = torch.full(self.labels.shape, background).to(values)
+        spread = values.new_full(self.labels.shape, background)
         spread[self.image, self.location] = values
         return spread
 
