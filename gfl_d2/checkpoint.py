@@ -20,7 +20,9 @@ __all__ = ["GFLCheckpointer"]
 _CLASS_DEPENDENT = re.compile(r"^head\.cls_score\.")
 # Not in all ImageNet weights: offsets of deformable convolutions, and statistics of BatchNorm
 # (which FrozenBatchNorm2d fills in).
-_OPTIONAL = re.compile(r"\.(conv2_offset\.(weight|bias)|running_(mean|var)|num_batches_tracked)$")
+_OPTIONAL = re.compile(
+    r"\.((conv2_offset|conv_offsets\.\d+)\.(weight|bias)|running_(mean|var)|num_batches_tracked)$"
+)
 # A ResNet layer under whatever prefix. Weights of a bare ResNet, which Detectron2 matches by the
 # ends of their names, keep these names where they fit nothing. Their classifier ("fc") may.
 _RESNET_LAYER = re.compile(r"(^|\.)(stem\.conv\d|res\d\.\d+)\.")

@@ -1,8 +1,10 @@
-"""Access to the arrays in ``tests/reference/``: what the reference implementation computes."""
+"""Access to what the reference implementation computes."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -12,6 +14,19 @@ def load(name: str) -> "dict[str, torch.Tensor]":
     """All arrays of a file as tensors, by key."""
     with np.load(REFERENCE / f"{name}.npz", allow_pickle=False) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def checkpoint_file(name: str) -> Path:
+    """
+    A file of its checkpoints. One detector is in ``tests/reference/``, the others may be beside the
+    checkout: the test is skipped where they are not.
+    """
+    beside = Path(__file__).resolve().parents[2] / "shared" / "reference" / "checkpoints"
+    folders = (REFERENCE, Path(os.environ.get("GFL_D2_TEST_CHECKPOINTS", beside)))
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"no {name} to test with: set GFL_D2_TEST_CHECKPOINTS")
 
 
 def case(arrays: "dict[str, torch.Tensor]", name: str) -> "dict[str, torch.Tensor]":
