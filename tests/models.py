@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
 
 from gfl_d2.modeling import (
@@ -15,6 +14,7 @@ from gfl_d2.modeling import (
     GFLCriterion,
     GFLHead,
     JointQuality,
+    LevelGrid,
     Quality,
 )
 
@@ -73,12 +73,7 @@ def gfl_on_features(
             quality=quality,
         ),
         head_in_features=names,
-        anchor_generator=DefaultAnchorGenerator(
-            sizes=[[8 * shapes[name].stride] for name in names],
-            aspect_ratios=[1.0],
-            strides=[shapes[name].stride for name in names],
-            offset=0.0,
-        ),
+        grids=[LevelGrid(shapes[name].stride, 0.0, 8 * shapes[name].stride) for name in names],
         assigner=kwargs.pop("assigner", ATSSAssigner(topk=9)),
         criterion=GFLCriterion(box=box, quality=quality, **(criterion or {})),
         pixel_mean=[0.0, 0.0, 0.0],

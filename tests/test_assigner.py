@@ -1,4 +1,4 @@
-"""Properties of the ATSS assigner, and a second computation of it from the paper."""
+"""Properties of the ATSS assigner, and the plain algorithm as its oracle."""
 
 from __future__ import annotations
 
@@ -10,52 +10,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from gfl_d2.modeling import ATSSAssigner, DynamicATSSAssigner, LegacyAnchorGenerator
+from gfl_d2.modeling import ATSSAssigner, DynamicATSSAssigner, LevelGrid, Locations
+from plain_assigner import plain_atss
 
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def make_anchors(height: int, width: int, offset: float = 0.0) -> list[Boxes]:
+def make_locations(height, width, valid=None, offset: float = 0.0) -> Locations:
+    """Of one image, of which ``valid`` (height, width) is not padding."""
+    sizes, valid_sizes = (
+        [(-(-y // s), -(-x // s)) for s in STRIDES]
+        for y, x in ((height, width), valid or (height, width))
+    )
+    grids = [LevelGrid(s, offset * s, 8 * s) for s in STRIDES]
+    return Locations(grids, sizes, [valid_sizes])
+
+
+def make_anchors(locations: Locations, offset: float = 0.0) -> list[Boxes]:
+    """As Detectron2 has them."""
     generator = DefaultAnchorGenerator(
         sizes=[[8 * s] for s in STRIDES], aspect_ratios=[1.0], strides=STRIDES, offset=offset
     )
-    return generator([torch.zeros(1, 1, -(-height // s), -(-width // s)) for s in STRIDES])
+    return generator([torch.zeros(1, 1, *size) for size in locations.sizes])
 
 
-def plain_atss(
-    anchors: list[Boxes],
-    gt_boxes: Boxes,
-    valid: torch.Tensor,
-    topk: int = 9,
-    predicted: torch.Tensor | None = None,
-):
-    """
-    One box at a time and in float64, with none of the code under test. With ``predicted`` boxes,
-    shape (R, 4), dynamic ATSS.
-    """
-    boxes = Boxes.cat(anchors).tensor.double()
-    levels = torch.repeat_interleave(torch.tensor([len(a) for a in anchors]))
-    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    best_iou = torch.zeros(len(boxes), dtype=torch.float64)
-    assigned = torch.full((len(boxes),), -1)
-    for m, gt in enumerate(gt_boxes.tensor.double()):
-        distance = (centers - (gt[:2] + gt[2:]) / 2).norm(dim=1)
-        candidates = []
-        for level in levels.unique():
-            members = ((levels == level) & valid).nonzero()[:, 0].tolist()
-            candidates += sorted(members, key=lambda i: float(distance[i]))[:topk]
-        ious = [box_iou(boxes[candidates], gt[None])[:, 0]]
-        if predicted is not None:
-            ious.append(box_iou(predicted[candidates].double(), gt[None])[:, 0])
-        iou = sum(ious)
-        spread = sum(x.std() for x in ious) if len(candidates) > 1 else 0
-        threshold = iou.mean() + spread
-        for i, iou_i in zip(candidates, iou):
-            x, y = centers[i]
-            inside = min(x - gt[0], y - gt[1], gt[2] - x, gt[3] - y) > 0.01
-            if inside and iou_i >= threshold and iou_i > best_iou[i]:
-                best_iou[i], assigned[i] = iou_i, m
-    return assigned
+def valid_anchors(locations: Locations) -> torch.Tensor:
+    """Shape (R,), bool."""
+    masks = []
+    for (height, width), (rows, columns) in zip(locations.sizes, locations.valid_sizes[0]):
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[:rows, :columns] = True
+        masks.append(mask.flatten())
+    return torch.cat(masks)
+
+
+def assign(locations, gt, assigner=None, predict=None):
+    """Of one image: shape (R,), the number of the box of each anchor, or -1."""
+    assignment = (assigner or ATSSAssigner())(locations, [gt.tensor], predict)
+    (matched,) = assignment.matched(1, locations.starts[-1])
+    return matched
 
 
 def random_gt(count: int, height: int, width: int, seed: int) -> Boxes:
@@ -67,62 +60,97 @@ def random_gt(count: int, height: int, width: int, seed: int) -> Boxes:
     return Boxes(torch.cat((corner, torch.minimum(corner + extent, size.float())), dim=1))
 
 
-@given(seed=st.integers(0, 2**31 - 1), count=st.integers(1, 12), padded=st.booleans())
-@settings(max_examples=25)
-def test_equals_the_plain_computation(seed, count, padded):
-    anchors = make_anchors(160, 224)
-    height, width = (96, 128) if padded else (160, 224)
-    gt = random_gt(count, height, width, seed)
-    centers = Boxes.cat(anchors).get_centers()
-    valid = (centers[:, 0] < width) & (centers[:, 1] < height)
-    expected = plain_atss(anchors, gt, valid)
-    assert torch.equal(ATSSAssigner()(anchors, gt, valid), expected)
+def whole_gt(count: int, height: int, width: int, seed: int) -> Boxes:
+    """At whole multiples of 4 pixels: many equal distances and IoUs, some boxes of no area."""
+    generator = torch.Generator().manual_seed(seed)
+    limit = torch.tensor([width // 4, height // 4])
+    corners = (torch.rand(2, count, 2, generator=generator) * (limit + 1)).floor() * 4
+    return Boxes(torch.cat((corners.amin(dim=0), corners.amax(dim=0)), dim=1))
 
 
-@given(seed=st.integers(0, 2**31 - 1), count=st.integers(1, 12), padded=st.booleans())
-@settings(max_examples=25)
-def test_dynamic_equals_the_plain_computation(seed, count, padded):
-    anchors = make_anchors(160, 224)
-    height, width = (96, 128) if padded else (160, 224)
-    gt = random_gt(count, height, width, seed)
-    centers = Boxes.cat(anchors).get_centers()
-    valid = (centers[:, 0] < width) & (centers[:, 1] < height)
+scenes = {
+    "seed": st.integers(0, 2**31 - 1),
+    "count": st.integers(0, 12),
+    "size": st.tuples(st.integers(1, 200), st.integers(1, 260)),
+    "padding": st.tuples(st.integers(0, 100), st.integers(0, 100)),
+    "topk": st.sampled_from([1, 2, 5, 9, 30]),
+    "offset": st.sampled_from([0.0, 0.5]),
+    "make": st.sampled_from([random_gt, whole_gt]),
+}
+
+
+def make_scene(seed, count, size, padding, offset, make):
+    batch_size = [side + more for side, more in zip(size, padding)]
+    locations = make_locations(*batch_size, valid=size, offset=offset)
+    return locations, make_anchors(locations, offset), make(count, *size, seed)
+
+
+@given(**scenes)
+@settings(max_examples=150)
+def test_equals_the_plain_algorithm(topk, **scene):
+    """Exactly, with ties, padding and levels of few anchors."""
+    locations, anchors, gt = make_scene(**scene)
+    expected = plain_atss(anchors, gt, valid_anchors(locations), topk)
+    assert torch.equal(assign(locations, gt, ATSSAssigner(topk)), expected)
+
+
+@given(**scenes)
+@settings(max_examples=75)
+def test_dynamic_equals_the_plain_algorithm(topk, **scene):
+    locations, anchors, gt = make_scene(**scene)
     # As a trained model predicts: some boxes are good, whatever the anchor.
     predicted = Boxes.cat(anchors).tensor
-    noise = torch.randn(predicted.shape, generator=torch.Generator().manual_seed(seed))
-    index = torch.arange(len(predicted)) % count
-    predicted = torch.lerp(predicted, gt.tensor[index], 0.7) + noise
-    expected = plain_atss(anchors, gt, valid, predicted=predicted)
-    assigned = DynamicATSSAssigner()(anchors, gt, valid, lambda i: predicted[i])
+    generator = torch.Generator().manual_seed(scene["seed"])
+    predicted = predicted + torch.randn(predicted.shape, generator=generator)
+    if len(gt) > 0:
+        index = torch.arange(len(predicted)) % len(gt)
+        predicted = torch.lerp(predicted, gt.tensor[index], 0.7)
+    expected = plain_atss(anchors, gt, valid_anchors(locations), topk, predicted)
+    assigned = assign(
+        locations, gt, DynamicATSSAssigner(topk), lambda image, location: predicted[location]
+    )
     assert torch.equal(assigned, expected)
+
+
+@given(seed=st.integers(0, 2**31 - 1))
+@settings(max_examples=20)
+def test_boxes_outside_of_the_image(seed):
+    """Centres anywhere, far and near: the nearest anchors are on the border."""
+    locations = make_locations(160, 224)
+    generator = torch.Generator().manual_seed(seed)
+    centers = (torch.rand(20, 2, generator=generator) - 0.3) * 600
+    sizes = torch.rand(20, 2, generator=generator) * 400
+    gt = Boxes(torch.cat((centers - sizes, centers + sizes), dim=1))
+    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations))
+    assert torch.equal(assign(locations, gt), expected)
+
+
+def test_images_of_a_batch_do_not_mix():
+    sizes = [(160, 224), (96, 224), (160, 64)]
+    alone = [make_locations(160, 224, valid=size) for size in sizes]
+    gt = [random_gt(count, *size, seed=count) for count, size in zip((7, 0, 3), sizes)]
+    batch = alone[0]._replace(valid_sizes=[x.valid_sizes[0] for x in alone])
+    matched = ATSSAssigner()(batch, [boxes.tensor for boxes in gt]).matched(3, batch.starts[-1])
+    first = 0
+    for locations, boxes, together in zip(alone, gt, matched):
+        expected = assign(locations, boxes)
+        assert torch.equal(together, torch.where(expected >= 0, expected + first, -1))
+        first += len(boxes)
 
 
 @given(seed=st.integers(0, 2**31 - 1))
 @settings(max_examples=10)
 def test_dynamic_with_predictions_far_from_everything_is_atss(seed):
     """They add an IoU of 0 to every candidate."""
-    anchors, gt = make_anchors(160, 224), random_gt(5, 160, 224, seed)
+    locations, gt = make_locations(160, 224), random_gt(5, 160, 224, seed)
     far = torch.tensor([-50.0, -50.0, -40.0, -40.0])
-    dynamic = DynamicATSSAssigner()(anchors, gt, None, lambda i: far.expand(*i.shape, 4))
-    assert torch.equal(dynamic, ATSSAssigner()(anchors, gt))
+    dynamic = assign(locations, gt, DynamicATSSAssigner(), lambda _, i: far.expand(*i.shape, 4))
+    assert torch.equal(dynamic, assign(locations, gt))
 
 
 def test_dynamic_needs_predictions():
     with pytest.raises(ValueError, match="predict"):
-        DynamicATSSAssigner()(make_anchors(64, 64), random_gt(2, 64, 64, seed=0))
-
-
-def test_legacy_centers():
-    """At (stride - 1) / 2 + i * stride on every level."""
-    generator = LegacyAnchorGenerator(
-        sizes=[[8 * s] for s in STRIDES], aspect_ratios=[1.0], strides=STRIDES
-    )
-    levels = generator([torch.zeros(1, 1, 2, 3)] * 5)
-    for boxes, stride in zip(levels, STRIDES):
-        x, y = boxes.get_centers().unbind(dim=1)
-        assert x.tolist() == [(stride - 1) / 2 + i * stride for i in (0, 1, 2)] * 2
-        assert y.tolist() == [(stride - 1) / 2 + i * stride for i in (0, 0, 0, 1, 1, 1)]
-        assert (boxes.tensor[:, 2] - boxes.tensor[:, 0] == 8 * stride).all()
+        assign(make_locations(64, 64), random_gt(2, 64, 64, seed=0), DynamicATSSAssigner())
 
 
 @given(seed=st.integers(0, 2**31 - 1))
@@ -130,21 +158,21 @@ def test_legacy_centers():
 def test_flipped_boxes_give_flipped_targets(seed):
     """On a grid that is symmetrical in the image, so with centres in the middle of cells."""
     height, width = 128, 256
-    anchors = make_anchors(height, width, offset=0.5)
+    locations = make_locations(height, width, offset=0.5)
     gt = random_gt(6, height, width, seed)
     flipped = Boxes(torch.stack((width - gt.tensor[:, 2], gt.tensor[:, 1],
                                  width - gt.tensor[:, 0], gt.tensor[:, 3]), dim=1))  # fmt: skip
-    assigned = ATSSAssigner()(anchors, gt).split([len(a) for a in anchors])
-    mirrored = ATSSAssigner()(anchors, flipped).split([len(a) for a in anchors])
+    sizes = [height * width for height, width in locations.sizes]
+    assigned, mirrored = (assign(locations, boxes).split(sizes) for boxes in (gt, flipped))
     for a, b, stride in zip(assigned, mirrored, STRIDES):
         assert torch.equal(a.view(-1, width // stride), b.view(-1, width // stride).flip(1))
 
 
 def test_no_boxes():
-    anchors = make_anchors(64, 64)
-    assigned = ATSSAssigner()(anchors, Boxes(torch.zeros(0, 4)))
+    locations = make_locations(64, 64)
+    assigned = assign(locations, Boxes(torch.zeros(0, 4)))
     assert assigned.dtype == torch.int64
-    assert len(assigned) == sum(len(a) for a in anchors)
+    assert assigned.shape == (locations.starts[-1],)
     assert (assigned == -1).all()
 
 
@@ -158,44 +186,34 @@ def test_no_boxes():
     ],
 )
 def test_odd_boxes(box):
-    anchors = make_anchors(128, 192)
+    locations = make_locations(128, 192)
     gt = Boxes(torch.tensor([box, [30.0, 20.0, 120.0, 90.0]]))
-    valid = torch.ones(sum(len(a) for a in anchors), dtype=torch.bool)
-    assigned = ATSSAssigner()(anchors, gt, valid)
-    assert torch.equal(assigned, plain_atss(anchors, gt, valid))
+    assigned = assign(locations, gt)
+    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations))
+    assert torch.equal(assigned, expected)
     assert (assigned == 1).any()  # the ordinary box does not suffer
 
 
 def test_of_duplicates_the_first_box_wins():
-    anchors = make_anchors(128, 128)
+    locations = make_locations(128, 128)
     box = [30.3, 20.1, 90.7, 80.2]
-    once = ATSSAssigner()(anchors, Boxes(torch.tensor([box])))
-    thrice = ATSSAssigner()(anchors, Boxes(torch.tensor([box, box, box])))
+    once = assign(locations, Boxes(torch.tensor([box])))
+    thrice = assign(locations, Boxes(torch.tensor([box, box, box])))
     assert (once == 0).any()
     assert torch.equal(once, thrice)
 
 
 def test_order_of_boxes_does_not_matter():
-    anchors, gt = make_anchors(160, 160), random_gt(20, 160, 160, seed=3)
+    locations, gt = make_locations(160, 160), random_gt(20, 160, 160, seed=3)
     order = torch.randperm(20)
-    assigned = ATSSAssigner()(anchors, gt)
-    shuffled = ATSSAssigner()(anchors, gt[order])
-    assert torch.equal(assigned, torch.where(shuffled >= 0, order[shuffled], -1))
+    shuffled = assign(locations, gt[order])
+    assert torch.equal(assign(locations, gt), torch.where(shuffled >= 0, order[shuffled], -1))
 
 
-@pytest.mark.parametrize("topk", [1, 9, 1000])
-def test_topk_beyond_the_size_of_a_level(topk):
-    anchors, gt = make_anchors(64, 96), random_gt(4, 64, 96, seed=1)
-    valid = torch.ones(sum(len(a) for a in anchors), dtype=torch.bool)
-    assigned = ATSSAssigner(topk)(anchors, gt, valid)
-    assert torch.equal(assigned, plain_atss(anchors, gt, valid, topk))
-
-
-def test_invalid_anchors_are_never_positive():
-    anchors, gt = make_anchors(128, 128), random_gt(10, 128, 128, seed=0)
-    valid = torch.rand(sum(len(a) for a in anchors)) < 0.5
-    assert (ATSSAssigner()(anchors, gt, valid)[~valid] == -1).all()
-    assert (ATSSAssigner()(anchors, gt, torch.zeros_like(valid)) == -1).all()
+def test_topk_beyond_the_size_of_every_level():
+    locations, gt = make_locations(64, 96), random_gt(4, 64, 96, seed=1)
+    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations), topk=1000)
+    assert torch.equal(assign(locations, gt, ATSSAssigner(1000)), expected)
 
 
 def test_topk_must_be_positive():
@@ -203,20 +221,20 @@ def test_topk_must_be_positive():
         ATSSAssigner(topk=0)
 
 
-def test_crowds_are_taken_in_portions(monkeypatch):
-    anchors, gt = make_anchors(160, 224), random_gt(50, 160, 224, seed=2)
-    expected = ATSSAssigner()(anchors, gt)
-    monkeypatch.setattr("gfl_d2.modeling.assigner._MAX_DISTANCES", 2000)
-    assert torch.equal(ATSSAssigner()(anchors, gt), expected)
+def test_more_boxes_than_anchors():
+    locations, gt = make_locations(64, 64), random_gt(200, 64, 64, seed=2)
+    assert locations.starts[-1] < 200
+    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations))
+    assert torch.equal(assign(locations, gt), expected)
 
 
 def test_five_thousand_boxes():
-    anchors, gt = make_anchors(1024, 1024), random_gt(5000, 1024, 1024, seed=0)
-    assigned = ATSSAssigner()(anchors, gt)
+    locations, gt = make_locations(1024, 1024), random_gt(5000, 1024, 1024, seed=0)
+    assigned = assign(locations, gt)
     # What few boxes get alone they get among many, unless a better box has taken the place.
-    few = ATSSAssigner()(anchors, gt[:20])
+    few = assign(locations, gt[:20])
     taken = (few >= 0) & (assigned != few)
     assert (assigned[few >= 0] >= 0).all()
-    iou = box_iou(Boxes.cat(anchors).tensor, gt.tensor)
+    iou = box_iou(Boxes.cat(make_anchors(locations)).tensor, gt.tensor)
     index = taken.nonzero()[:, 0]
     assert (iou[index, assigned[index]] >= iou[index, few[index]]).all()

@@ -5,9 +5,12 @@ import torch
 from detectron2.structures import Boxes
 from torch.testing import assert_close
 
-from gfl_d2.modeling import ATSSAssigner, aligned_iou
+from gfl_d2.modeling import ATSSAssigner, LevelGrid, Locations, aligned_iou
+from gfl_d2.modeling.locations import valid_sizes
+from plain_assigner import plain_atss
 from reference_data import case, load
 
+STRIDES = (8, 16, 32, 64, 128)
 CASES = [
     "border",
     "crowded",
@@ -34,7 +37,16 @@ def test_assignment(name):
     anchors = case(arrays, f"anchors/{height}x{width}")
     anchors = [Boxes(anchors[f"l{i}"]) for i in range(len(anchors))]
 
-    assigned = ATSSAssigner(topk=9)(anchors, Boxes(ref["gt_boxes"]), ref["valid"])
+    grids = [LevelGrid(stride, 0.0, 8 * stride) for stride in STRIDES]
+    sizes = [tuple(size) for size in ref["featmap_sizes"].tolist()]
+    valid = valid_sizes([tuple(ref["image_size"].tolist())], grids, divisibility=32)
+    locations = Locations(grids, sizes, valid)
+    assert torch.equal(locations.centers(torch.device("cpu")), Boxes.cat(anchors).get_centers())
+
+    assignment = ATSSAssigner(topk=9)(locations, [ref["gt_boxes"]])
+    (assigned,) = assignment.matched(1, len(ref["valid"]))
+    plain = plain_atss(anchors, Boxes(ref["gt_boxes"]), ref["valid"])
+    assert torch.equal(plain, ref["assigned_gt"].clamp(min=-1))
 
     assert assigned.dtype == torch.int64
     # The reference writes -2 where an anchor is not valid.

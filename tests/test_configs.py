@@ -18,7 +18,7 @@ from torch import nn
 
 from gfl_d2 import load_config
 from gfl_d2.errors import InputError
-from gfl_d2.modeling import GFL
+from gfl_d2.modeling import GFL, LevelGrid
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -208,8 +208,7 @@ def test_legacy_centers_and_an_offset_exclude_each_other():
     with pytest.raises(InputError, match=r"ANCHOR_GENERATOR\.OFFSET.*LEGACY_ANCHOR_CENTERS"):
         small("MODEL.GFL.LEGACY_ANCHOR_CENTERS", True, "MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)
     model = build_model(small("MODEL.GFL.LEGACY_ANCHOR_CENTERS", True))
-    centers = model.anchor_generator([torch.zeros(1, 1, 1, 1)] * 5)
-    assert [level.get_centers()[0, 0] for level in centers] == [3.5, 7.5, 15.5, 31.5, 63.5]
+    assert [grid.first for grid in model.grids] == [3.5, 7.5, 15.5, 31.5, 63.5]
 
 
 def test_bf16_and_amp_exclude_each_other():
@@ -243,8 +242,7 @@ def test_values_reach_the_model():
     torch.testing.assert_close(model.head.cls_score.bias.sigmoid(), torch.full((3,), 0.05))
     assert (model.test_score_thresh, model.test_nms_thresh) == (0.3, 0.4)
     assert model.max_detections_per_image == 7
-    anchors = model.anchor_generator([torch.zeros(1, 1, 2, 2)] * 5)
-    assert anchors[0].tensor[0].tolist() == [4 - 24, 4 - 24, 4 + 24, 4 + 24]
+    assert model.grids[0] == LevelGrid(stride=8, first=4.0, anchor_size=48.0)
 
 
 @torch.no_grad()

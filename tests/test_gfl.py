@@ -135,6 +135,26 @@ def test_box_normalizer_min():
     assert torch.equal(losses[1e-6]["loss_qfl"], losses[1e3]["loss_qfl"])
 
 
+@pytest.mark.parametrize("boxes", [[BOXES, BOXES[:1]], [BOXES, []], [[], []]])
+def test_fixed_shapes_change_nothing(monkeypatch, boxes):
+    """Training as on a GPU, where candidates that are not positive are carried along."""
+    results = []
+    for is_fixed in (False, True):
+        for module in ("assigner", "fused_qfl"):
+            monkeypatch.setattr(
+                f"gfl_d2.modeling.{module}.needs_fixed_shapes", lambda _, fixed=is_fixed: fixed
+            )
+        model = make_model(make_features(size=(256, 256)))  # more than the images: padding
+        losses, logged = train_losses(model, make_inputs(boxes))
+        sum(losses.values()).backward()
+        results.append((losses, logged, [p.grad for p in model.parameters()]))
+    (losses, logged, grads), (fixed_losses, fixed_logged, fixed_grads) = results
+    assert_close(fixed_losses, losses, rtol=1e-5, atol=0)
+    assert_close(fixed_logged, logged)
+    for grad, fixed_grad in zip(grads, fixed_grads):
+        assert_close_to_largest(fixed_grad, grad, 1e-5)
+
+
 def test_loss_weights():
     inputs = make_inputs([BOXES, BOXES[:1]])
     plain, _ = train_losses(make_model(make_features()), inputs)

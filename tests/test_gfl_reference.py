@@ -20,7 +20,9 @@ from gfl_d2.modeling import (
     giou_loss,
     integral,
     quality_focal_loss,
+    quality_focal_loss_sum,
 )
+from gfl_d2.modeling.locations import valid_mask
 from models import gfl_on_features
 from reference_data import assert_close_to_largest, case, load
 
@@ -149,26 +151,17 @@ def test_gradients(file, name):
 
 
 def compute_targets(model, ref, name):
-    """Targets of a case, with what they were computed from."""
+    """Targets of a case, with the weights of the positives, and what they were computed from."""
     inputs = batch(ref, name)
     images = model.preprocess_image(inputs)
     features = model.backbone.features
-    anchors = model.anchor_generator(features)
-    valid = model._valid_locations(features, images.image_sizes)
-    gt_instances = [x["instances"] for x in inputs]
-    matched = torch.stack(
-        [model.assigner(anchors, gt.gt_boxes, v) for gt, v in zip(gt_instances, valid)]
-    )
-    predictions = Predictions(
-        *(torch.cat(x, dim=1) for x in model._transpose(model.head(features)))
-    )
-    centers = Boxes.cat(anchors).get_centers()
-    sizes = [len(a) for a in anchors]
-    strides = torch.repeat_interleave(torch.tensor([8.0, 16, 32, 64, 128]), torch.tensor(sizes))
-    targets = model.criterion.targets(predictions, centers, strides, gt_instances, matched, valid)
-    _, weights = model.head.quality.losses(predictions.logits, predictions.quality, targets)
-    logits = model.head.quality.score_logits(predictions.logits, predictions.quality)
-    return targets, weights, logits, sizes
+    predictions = Predictions(*model.head(features))
+    locations = model._locations(features, images.image_sizes)
+    assignment = model.assigner(locations, [ref[f"{name}/gt_boxes_{i}"] for i in range(2)])
+    classes = torch.cat([ref[f"{name}/gt_labels_{i}"] for i in range(2)])
+    targets = model.criterion.targets(predictions, locations, assignment, classes)
+    _, weights = model.head.quality.losses(predictions, targets)
+    return predictions, targets, weights
 
 
 @torch.no_grad()
@@ -177,51 +170,67 @@ def test_targets(file, name):
     """Everything that the losses are computed from, and the losses of each level."""
     ref = load(file)
     model = reference_model(ref)
-    targets, weights, logits, sizes = compute_targets(model, ref, name)
-    labels, valid, quality, logits = (
-        x.split(sizes, dim=1)
-        for x in (targets.labels, targets.valid, targets.spread(targets.iou), logits)
-    )
-    level = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))[targets.location]
-    first = torch.tensor([0, *sizes]).cumsum(dim=0)
-    num_pos = (targets.labels < model.num_classes).sum(dim=1)
-    assert num_pos.clamp(min=1).sum() == ref[f"{name}/avg_factor_cls"]
+    predictions, targets, weights = compute_targets(model, ref, name)
+    logits = predictions.logits
+    if predictions.quality is not None:
+        logits = map(model.head.quality.score_logits, logits, predictions.quality)
     if f"{name}/pos_weight_sum" in ref:
         assert_close(weights.sum(), ref[f"{name}/pos_weight_sum"], rtol=1e-5, atol=0)
     box_norm = weights.sum().clamp(min=model.criterion.box_normalizer_min)
 
-    for i in LEVELS:
+    levels = zip(
+        logits,
+        targets.positives,
+        *map(
+            targets.split,
+            (targets.labels, targets.iou, weights, targets.boxes, targets.gt_boxes,
+             targets.gt_distances, targets.predictions),
+        ),
+    )  # fmt: skip
+    num_pos = torch.zeros(2)
+    for i, (maps, positives, labels, iou, weights_i, boxes, gt_boxes, distances, bins) in enumerate(
+        levels
+    ):
+        height, width = maps.shape[2:]
+        index = (positives.image * height + positives.row) * width + positives.column
+        num_pos += torch.bincount(positives.image, minlength=2)
+        dense_labels = torch.full((2 * height * width,), 4)
+        dense_labels[index] = labels
+        quality = torch.zeros(2 * height * width)
+        quality[index] = iou
+        valid = valid_mask(targets.valid_sizes[i], height, width, maps.device).flatten()
         # The release counts its last channel as a class, and one more as background.
-        is_background = ref[f"{name}/label_l{i}"] >= 4
-        expected = torch.where(is_background, model.num_classes, ref[f"{name}/label_l{i}"])
-        assert torch.equal(labels[i].flatten(), expected)
-        assert torch.equal(valid[i].flatten().float(), ref[f"{name}/label_weight_l{i}"])
-        assert_close(quality[i].flatten(), ref[f"{name}/quality_l{i}"], rtol=1e-5, atol=1e-6)
-        loss = quality_focal_loss(logits[i][valid[i]], labels[i][valid[i]], quality[i][valid[i]])
+        assert torch.equal(dense_labels, ref[f"{name}/label_l{i}"].clamp(max=4))
+        assert torch.equal(valid.float(), ref[f"{name}/label_weight_l{i}"])
+        assert_close(quality, ref[f"{name}/quality_l{i}"], rtol=1e-5, atol=1e-6)
         expected = ref[f"{name}/loss_cls_per_level"][i] * ref[f"{name}/avg_factor_cls"]
+        flat = maps.permute(0, 2, 3, 1).flatten(0, 2)
+        dense_labels[dense_labels == 4] = model.num_classes
+        loss = quality_focal_loss(flat[valid], dense_labels[valid], quality[valid])
         assert_close(loss.sum(), expected, rtol=1e-5, atol=1e-6)
+        sizes = targets.valid_sizes[i]
+        loss = quality_focal_loss_sum(maps, positives, labels, iou, valid_sizes=sizes)
+        assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
-        of_level = level == i
-        assert of_level.any() == (f"{name}/pos_index_l{i}" in ref)
-        if not of_level.any():
+        assert (len(index) > 0) == (f"{name}/pos_index_l{i}" in ref)
+        if len(index) == 0:
             continue
-        index = targets.image[of_level] * sizes[i] + targets.location[of_level] - first[i]
-        assert torch.equal(index, ref[f"{name}/pos_index_l{i}"])
-        distances = targets.gt_distances[of_level].clamp(0, 15.9)
+        order = index.argsort()
+        assert torch.equal(index[order], ref[f"{name}/pos_index_l{i}"])
+        distances = distances.clamp(0, 15.9)
         for ours, theirs in [
-            (targets.boxes[of_level], "pos_pred_box"),
-            (targets.gt_boxes[of_level], "pos_target_box"),
-            (weights[of_level], "pos_weight"),
+            (boxes, "pos_pred_box"),
+            (gt_boxes, "pos_target_box"),
+            (weights_i, "pos_weight"),
             (distances, "pos_dfl_target"),
         ]:
-            assert_close(ours, ref[f"{name}/{theirs}_l{i}"], rtol=1e-5, atol=1e-5)
-        loss = 2 * (weights * giou_loss(targets.boxes, targets.gt_boxes))[of_level].sum()
+            assert_close(ours[order], ref[f"{name}/{theirs}_l{i}"], rtol=1e-5, atol=1e-5)
+        loss = 2 * (weights_i * giou_loss(boxes, gt_boxes)).sum()
         assert_close(loss / box_norm, ref[f"{name}/loss_bbox_per_level"][i], rtol=1e-5, atol=0)
-        loss = distribution_focal_loss(
-            targets.predictions[of_level].view(-1, 17), distances.flatten()
-        )
-        loss = 0.25 * (weights[of_level] * loss.view(-1, 4).mean(dim=1)).sum()
+        loss = distribution_focal_loss(bins.reshape(-1, 17), distances.flatten())
+        loss = 0.25 * (weights_i * loss.view(-1, 4).mean(dim=1)).sum()
         assert_close(loss / box_norm, ref[f"{name}/loss_dfl_per_level"][i], rtol=1e-5, atol=0)
+    assert num_pos.clamp(min=1).sum() == ref[f"{name}/avg_factor_cls"]
 
 
 @torch.no_grad()
@@ -230,27 +239,28 @@ def test_predictions_of_every_location():
     ref = load("gfl_head_predict")
     model = reference_model(ref).eval()
     features = model.backbone.features
-    predictions = model.head(features)
-    logits, distributions = model._transpose(predictions)
-    anchors = model.anchor_generator(features)
+    logits, distributions = model.head(features)
     sizes = ref["image_sizes"].tolist()
+    locations = model._locations(features, sizes)
+    centers = locations.centers(torch.device("cpu")).tensor_split(locations.starts[1:-1])
     for i in LEVELS:
-        assert_close_to_largest(predictions[0][i], ref[f"cls_score_l{i}"], 1e-5)
-        assert_close_to_largest(predictions[1][i], ref[f"bbox_pred_l{i}"], 1e-5)
-        assert_close(logits[i].sigmoid(), ref[f"score_l{i}"], rtol=1e-5, atol=1e-6)
-        stride = model.anchor_generator.strides[i]
+        assert_close_to_largest(logits[i], ref[f"cls_score_l{i}"], 1e-5)
+        assert_close_to_largest(distributions[i], ref[f"bbox_pred_l{i}"], 1e-5)
+        assert_close(flatten(logits[i]).sigmoid(), ref[f"score_l{i}"], rtol=1e-5, atol=1e-6)
         for b, size in enumerate(sizes):
-            distances = integral(distributions[i][b], 16) * stride
-            boxes = Boxes(distance_to_bbox(anchors[i].get_centers(), distances))
+            distances = integral(flatten(distributions[i])[b], 16) * model.grids[i].stride
+            boxes = Boxes(distance_to_bbox(centers[i], distances))
             boxes.clip(size)
             assert_close(boxes.tensor, ref[f"box_l{i}"][b], rtol=1e-5, atol=1e-3)
 
     for b, size in enumerate(sizes):
         candidates = []
         for i, number in enumerate(ref[f"raw/num_per_level_{b}"].tolist()):
-            stride = model.anchor_generator.strides[i]
             decoded = model._decode_candidates(
-                anchors[i], stride, logits[i][b], distributions[i][b]
+                model.grids[i],
+                logits[i].shape[-1],
+                flatten(logits[i])[b],
+                flatten(distributions[i])[b],
             )
             assert len(decoded[0]) == number
             candidates.append(decoded)
@@ -261,6 +271,11 @@ def test_predictions_of_every_location():
         assert_close(boxes.tensor[kept], ref[f"raw/boxes_{b}"], rtol=1e-5, atol=1e-3)
         assert_close(scores[kept], ref[f"raw/scores_{b}"], rtol=1e-5, atol=1e-6)
         assert torch.equal(classes[kept], ref[f"raw/labels_{b}"])
+
+
+def flatten(maps):
+    """From shape (N, X, H, W) to (N, H * W, X)."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @pytest.mark.parametrize("file", ["gfl_head_predict", *V2])

@@ -1,11 +1,12 @@
-from .anchor_generator import LegacyAnchorGenerator
-from .assigner import ATSSAssigner, DynamicATSSAssigner
+from .assigner import Assignment, ATSSAssigner, DynamicATSSAssigner
 from .backbone import build_gfl_res2net_fpn_backbone, build_gfl_resnet_fpn_backbone
 from .box_distribution import aligned_iou, bbox_to_distance, distance_to_bbox, integral
 from .box_representation import BoxRepresentation, DiracDelta, Gaussian, GeneralDistribution
 from .criterion import GFLCriterion, Predictions, Targets
+from .fused_qfl import Positives, quality_focal_loss_sum
 from .gfl import GFL
 from .head import GFLHead
+from .locations import LevelGrid, Locations
 from .losses import (
     distribution_focal_loss,
     gaussian_kl_loss,
@@ -26,6 +27,7 @@ from .quality import (
 __all__ = [
     "GFL",
     "ATSSAssigner",
+    "Assignment",
     "BoxRepresentation",
     "DiracDelta",
     "DistributionGuidedQuality",
@@ -35,8 +37,10 @@ __all__ = [
     "Gaussian",
     "GeneralDistribution",
     "JointQuality",
-    "LegacyAnchorGenerator",
+    "LevelGrid",
+    "Locations",
     "NoQuality",
+    "Positives",
     "Predictions",
     "Quality",
     "QualityBranch",
@@ -54,4 +58,5 @@ __all__ = [
     "integral",
     "joint_logits",
     "quality_focal_loss",
+    "quality_focal_loss_sum",
 ]

@@ -5,22 +5,62 @@ of ``MODEL.GFL.ASSIGNER``.
 
 from __future__ import annotations
 
-from typing import Callable
+import functools
+from collections.abc import Sequence
+from typing import Callable, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes
 from torch import Tensor
 
 from .box_distribution import aligned_iou
+from .locations import LevelGrid, Locations, needs_fixed_shapes, to_device
 
-__all__ = ["ATSSAssigner", "DynamicATSSAssigner", "build_assigner"]
+__all__ = ["ATSSAssigner", "Assignment", "DynamicATSSAssigner", "build_assigner"]
 
 # A location is positive only if its distance to every side of the box exceeds this, in pixels.
 _MIN_CENTER_DISTANCE = 0.01
-# Distances between boxes and anchors held at a time: 64 MiB. Thousands of boxes in a large image
-# would need gigabytes.
-_MAX_DISTANCES = 2**24
+
+
+class Assignment(NamedTuple):
+    """
+    The candidates of each ground-truth box of a batch, and which of them are positive. A location
+    is positive for one box at most.
+
+    Shapes: M boxes over all images, in their order; K candidates per box; R locations.
+    """
+
+    boxes: Tensor  # (M, 4)
+    image: Tensor  # (M,), int64, of the box
+    location: Tensor  # (M, K), int64 in [0, R)
+    is_positive: Tensor  # (M, K), bool
+    num_candidates: Sequence[int]  # L, how many of the K are on each level, in order
+
+    def of_level(self, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        The positives of a level; on a GPU all candidates, so that no shape depends on a value.
+
+        Returns:
+            box (Tensor), location (Tensor), is_positive (Tensor): shape (P,) each, the first in
+            [0, M).
+        """
+        first = sum(self.num_candidates[:level])
+        columns = slice(first, first + self.num_candidates[level])
+        location, is_positive = self.location[:, columns], self.is_positive[:, columns]
+        box = torch.arange(len(location), device=location.device)[:, None].expand_as(location)
+        if needs_fixed_shapes(location):
+            return box.flatten(), location.flatten(), is_positive.flatten()
+        return box[is_positive], location[is_positive], is_positive[is_positive]
+
+    def matched(self, num_images: int, num_locations: int) -> Tensor:
+        """Shape (N, R), int64: the number in [0, M) of the box of each location, or -1."""
+        matched = self.location.new_full((num_images * num_locations + 1,), -1)
+        number = torch.arange(len(self.boxes), device=matched.device)[:, None]
+        place = self.image[:, None] * num_locations + self.location
+        # What is not positive goes to one place more.
+        place = torch.where(self.is_positive, place, num_images * num_locations)
+        matched.scatter_(0, place.flatten(), number.expand_as(place).flatten())
+        return matched[:-1].view(num_images, num_locations)
 
 
 class ATSSAssigner:
@@ -28,16 +68,19 @@ class ATSSAssigner:
     The assignment rule of ATSS (Zhang et al., CVPR 2020). For each ground-truth box,
 
     1. on every level, the ``topk`` anchors whose centres are nearest to the centre of the box are
-       candidates (all of a smaller level);
+       candidates (all of a smaller level), of equals the first;
     2. the threshold is the mean plus the unbiased standard deviation of the candidates' IoUs
        with the box, over all levels;
     3. candidates with IoU >= threshold whose centre is inside the box are positive.
 
     An anchor that is positive for several boxes goes to the one of highest IoU, the first of
-    equals. A box may get no anchor.
+    equals. A box may get no anchor. Padding takes no part.
 
-    Shapes: M ground-truth boxes of one image, L levels, R anchors over all levels, K candidates
-    per box over all levels (at most L * topk).
+    Anchors lie on regular grids, so that the nearest are known from arithmetic. Time and memory
+    grow with the number of boxes; no shape depends on a value, and nothing waits for a GPU.
+
+    Shapes: N images, M ground-truth boxes over all images, L levels, R anchors over all levels, K
+    candidates per box over all levels (at most L * topk).
     """
 
     def __init__(self, topk: int = 9):
@@ -55,97 +98,88 @@ class ATSSAssigner:
     @torch.no_grad()
     def __call__(
         self,
-        anchors: list[Boxes],
-        gt_boxes: Boxes,
-        valid: Tensor | None = None,
-        predict: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
+        locations: Locations,
+        gt_boxes: list[Tensor],
+        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Assignment:
         """
         Args:
-            anchors: L levels of anchors of one image, R in all.
-            gt_boxes: the M ground-truth boxes, in the same unit (pixels).
-            valid: shape (R,), bool. Other anchors take no part: they are never candidates.
-                All by default.
-            predict: gives the boxes, shape (..., 4), that are predicted at anchors of given
-                indices, shape (...), int64 into the R anchors. Not needed here.
-
-        Returns:
-            Tensor: shape (R,), int64: index in [0, M) of the box assigned to each anchor, or -1.
+            locations: of the batch.
+            gt_boxes: N tensors of shape (Mi, 4), in pixels.
+            predict: gives the boxes, shape (M, K, 4), that are predicted at locations of given
+                image, shape (M, 1), and number, shape (M, K). Not needed here.
         """
-        all_anchors = Boxes.cat(anchors).tensor
-        if valid is None:
-            valid = all_anchors.new_ones(len(all_anchors), dtype=torch.bool)
-        if len(gt_boxes) == 0:
-            return torch.full_like(valid, -1, dtype=torch.int64)
-
-        gt = gt_boxes.tensor
-        index, is_candidate = self._candidates(anchors, gt_boxes.get_centers(), valid)  # (M, K)
-        candidates = all_anchors[index]  # (M, K, 4)
-        ious = self._ious(index, candidates, gt[:, None, :], predict)  # of (M, K) each
+        gt = torch.cat(gt_boxes)
+        image = to_device([i for i, boxes in enumerate(gt_boxes) for _ in boxes], gt.device)
+        levels = self._candidates(locations, gt, image)
+        location, centers, sizes, is_candidate = (torch.cat(parts, dim=1) for parts in zip(*levels))
+        anchors = torch.cat((centers - sizes / 2, centers + sizes / 2), dim=-1)
+        ious = self._ious(anchors, gt[:, None], image[:, None], location, predict)
         iou, threshold = sum(ious), sum(_threshold(x, is_candidate) for x in ious)
 
-        centers = (candidates[..., :2] + candidates[..., 2:]) / 2
         sides = torch.cat((centers - gt[:, None, :2], gt[:, None, 2:] - centers), dim=-1)
         is_inside = sides.amin(dim=-1) > _MIN_CENTER_DISTANCE
         is_positive = is_candidate & is_inside & (iou >= threshold)
-        return _best_box(index, iou, is_positive, num_anchors=len(all_anchors))
+        num_locations = locations.starts[-1]
+        is_best = _is_best(
+            image[:, None] * num_locations + location,
+            iou,
+            is_positive,
+            num_places=len(gt_boxes) * num_locations,
+        )
+        num_candidates = [level[0].shape[1] for level in levels]
+        return Assignment(gt, image, location, is_best, num_candidates)
+
+    def _candidates(
+        self, locations: Locations, gt: Tensor, image: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """
+        Of each level, with k of the K candidates:
+
+        Returns:
+            location (Tensor): shape (M, k), int64.
+            centers (Tensor): shape (M, k, 2), theirs.
+            sizes (Tensor): shape (M, k, 1), sides of their anchors.
+            is_candidate (Tensor): shape (M, k), bool. False where the level has fewer than
+                ``topk`` valid anchors.
+        """
+        gt_centers = ((gt[:, :2] + gt[:, 2:]) / 2).double()
+        # Width and height of what is valid: (N, L, 2).
+        limits = to_device([[size[::-1] for size in x] for x in locations.valid_sizes], gt.device)
+        parts = []
+        for level, (grid, (height, width)) in enumerate(zip(locations.grids, locations.sizes)):
+            offsets = _offsets(self.topk, height, width, gt.device)
+            cells, is_candidate = _nearest(
+                grid, gt_centers, limits[image, level], offsets, self.topk
+            )
+            columns, rows = cells.unbind(dim=-1)
+            location = rows.long() * width + columns.long() + locations.starts[level]
+            centers = (cells * grid.stride + grid.first).to(gt)
+            sizes = torch.full_like(centers[..., :1], grid.anchor_size)
+            # Where there is no candidate, any location will do.
+            location = torch.where(is_candidate, location, locations.starts[level])
+            parts.append((location, centers, sizes, is_candidate))
+        return parts
 
     def _ious(
         self,
-        index: Tensor,
-        candidates: Tensor,
+        anchors: Tensor,
         gt: Tensor,
-        predict: Callable[[Tensor], Tensor] | None,
+        image: Tensor,
+        location: Tensor,
+        predict: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> list[Tensor]:
         """
         The measures, each of shape (M, K), whose sum candidates are chosen by.
 
         Args:
-            index: shape (M, K), int64 into the R anchors.
-            candidates: shape (M, K, 4), their boxes.
+            anchors: shape (M, K, 4), of the candidates.
             gt: shape (M, 1, 4).
+            image: shape (M, 1).
+            location: shape (M, K).
             predict: as in :meth:`__call__`.
         """
-        return [aligned_iou(candidates, gt)]
-
-    def _candidates(
-        self, anchors: list[Boxes], gt_centers: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """
-        Returns:
-            index (Tensor): shape (M, K), int64 into the R anchors.
-            is_candidate (Tensor): shape (M, K), bool. False where a level has fewer than
-                ``topk`` valid anchors.
-        """
-        indices, distances = [], []
-        first = 0
-        for anchors_i in anchors:
-            last = first + len(anchors_i)
-            distance, index = self._nearest(gt_centers, anchors_i.get_centers(), valid[first:last])
-            indices.append(index + first)
-            distances.append(distance)
-            first = last
-        return torch.cat(indices, dim=1), torch.cat(distances, dim=1).isfinite()
-
-    def _nearest(
-        self, gt_centers: Tensor, anchor_centers: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """
-        Returns:
-            distance (Tensor): shape (M, k), to the k = min(topk, number of anchors) nearest valid
-                anchors of one level; infinite where there are fewer.
-            index (Tensor): shape (M, k), int64, of these anchors in the level.
-        """
-        num_anchors = len(anchor_centers)
-        nearest = []
-        for chunk in gt_centers.split(max(_MAX_DISTANCES // max(num_anchors, 1), 1)):
-            # The matrix product that is faster for many points rounds too much.
-            mode = "donot_use_mm_for_euclid_dist"
-            distance = torch.cdist(chunk, anchor_centers, compute_mode=mode)
-            distance.masked_fill_(~valid, float("inf"))
-            nearest.append(distance.topk(min(self.topk, num_anchors), dim=1, largest=False))
-        distances, indices = zip(*nearest)
-        return torch.cat(distances), torch.cat(indices)
+        return [aligned_iou(anchors, gt)]
 
 
 class DynamicATSSAssigner(ATSSAssigner):
@@ -155,16 +189,63 @@ class DynamicATSSAssigner(ATSSAssigner):
     of their means and standard deviations.
     """
 
-    def _ious(self, index, candidates, gt, predict):
+    def _ious(self, anchors, gt, image, location, predict):
         if predict is None:
             raise ValueError("DynamicATSSAssigner needs `predict`, which gives predicted boxes")
-        return [aligned_iou(candidates, gt), aligned_iou(predict(index), gt)]
+        return [aligned_iou(anchors, gt), aligned_iou(predict(image, location), gt)]
 
 
 def build_assigner(cfg: CfgNode) -> ATSSAssigner:
     """The choice of ``MODEL.GFL.ASSIGNER``."""
     assigners = {"atss": ATSSAssigner, "dynamic_atss": DynamicATSSAssigner}
     return assigners[cfg.MODEL.GFL.ASSIGNER](topk=cfg.MODEL.GFL.ATSS_TOPK)
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(topk: int, height: int, width: int, device: torch.device) -> Tensor:
+    """
+    Steps (x, y) from the cell nearest to a point, within which its ``topk`` nearest cells lie, on
+    whatever part of a grid of this size: shape (O, 2), in the order of the grid.
+
+    All cells of the rectangle between the nearest cell and another are nearer than the other. So
+    that one, to be among the topk nearest, spans a rectangle of at most topk cells.
+    """
+    steps = [
+        (x, y)
+        for y in range(1 - min(topk, height), min(topk, height))
+        for x in range(1 - min(topk, width), min(topk, width))
+        if (abs(x) + 1) * (abs(y) + 1) <= topk
+    ]
+    return to_device(steps, device).double()
+
+
+def _nearest(
+    grid: LevelGrid, points: Tensor, limits: Tensor, offsets: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
+    """
+    Args:
+        grid: of the level.
+        points: shape (M, 2), x and y in pixels, float64.
+        limits: shape (M, 2), columns and rows that are valid.
+        offsets: see :func:`_offsets`.
+        topk: how many cells are looked for.
+
+    Returns:
+        cells (Tensor): shape (M, k, 2), column and row, float64, of the nearest, by distance and
+            then by their order in the grid; k = min(topk, number of offsets).
+        is_found (Tensor): shape (M, k), False where there are fewer.
+    """
+    # The nearest cell; of two, the first.
+    nearest = ((points - grid.first) / grid.stride - 0.5).ceil()
+    nearest = torch.minimum(nearest.clamp(min=0), limits - 1)
+    cells = nearest[:, None] + offsets  # (M, O, 2)
+    is_outside = ((cells < 0) | (cells >= limits[:, None])).any(dim=-1)
+    # Exact in float64: ties are ties.
+    distance = (cells * grid.stride + grid.first - points[:, None]).square().sum(dim=-1)
+    distance.masked_fill_(is_outside, float("inf"))
+    distance, order = distance.sort(dim=1, stable=True)
+    distance, order = distance[:, :topk], order[:, :topk]
+    return cells.gather(1, order[..., None].expand(-1, -1, 2)), distance.isfinite()
 
 
 def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:
@@ -176,24 +257,24 @@ def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:
     return mean + (squares / (count - 1).clamp(min=1)).sqrt()
 
 
-def _best_box(index: Tensor, iou: Tensor, is_positive: Tensor, num_anchors: int) -> Tensor:
+def _is_best(place: Tensor, iou: Tensor, is_positive: Tensor, num_places: int) -> Tensor:
     """
-    Resolve conflicts: the box of highest IoU for each anchor, the first of equals, or -1.
+    Resolve conflicts: of the positive pairs of one place, that with the highest IoU, of equals that
+    of the first box.
 
     Args:
-        index: shape (M, K), int64 in [0, R), the anchor of each (box, candidate) pair.
+        place: shape (M, K), int64 in [0, num_places), the anchor of each (box, candidate) pair.
         iou, is_positive: shape (M, K).
 
     Returns:
-        Tensor: shape (R,), int64 in [-1, M).
+        Tensor: shape (M, K), bool.
     """
-    num_boxes = len(index)
-    index, iou, is_positive = index.flatten(), iou.flatten(), is_positive.flatten()
-    box = torch.arange(num_boxes, device=index.device).repeat_interleave(len(index) // num_boxes)
-
-    iou = torch.where(is_positive, iou, -torch.ones_like(iou))
-    best_iou = iou.new_full((num_anchors,), -1).scatter_reduce(0, index, iou, "amax")
-    is_best = is_positive & (iou == best_iou[index])
-    box = torch.where(is_best, box, num_boxes)
-    first_best = index.new_full((num_anchors,), num_boxes).scatter_reduce(0, index, box, "amin")
-    return torch.where(first_best < num_boxes, first_best, -1)
+    iou = torch.where(is_positive, iou, -1)
+    best_iou = iou.new_full((num_places,), -1)
+    best_iou.scatter_reduce_(0, place.flatten(), iou.flatten(), "amax")
+    is_best = is_positive & (iou == best_iou[place])
+    box = torch.arange(len(place), device=place.device)[:, None]
+    box = torch.where(is_best, box, len(place))
+    first_box = box.new_full((num_places,), len(place))
+    first_box.scatter_reduce_(0, place.flatten(), box.flatten(), "amin")
+    return is_best & (box == first_box[place])

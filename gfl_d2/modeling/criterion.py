@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from detectron2.structures import Instances
 from torch import Tensor
 
+from .assigner import Assignment
 from .box_distribution import aligned_iou, bbox_to_distance, distance_to_bbox
 from .box_representation import BoxRepresentation, GeneralDistribution
 from .distributed import all_reduce_mean
+from .fused_qfl import Positives
+from .locations import Locations, valid_mask
 from .losses import giou_loss
 from .quality import JointQuality, Quality
 
@@ -19,39 +22,55 @@ __all__ = ["GFLCriterion", "Predictions", "Targets"]
 
 class Predictions(NamedTuple):
     """
-    What the head predicts for a batch.
+    What the head predicts for a batch, level by level.
 
-    Shapes: N images, R locations over all levels, C classes, V numbers a box side.
+    Shapes: N images, C classes, V numbers a box side.
     """
 
-    logits: Tensor  # (N, R, C)
-    boxes: Tensor  # (N, R, 4 * V)
-    quality: Tensor | None = None  # (N, R, 1), logits
+    logits: Sequence[Tensor]  # (N, C, Hi, Wi)
+    boxes: Sequence[Tensor]  # (N, 4 * V, Hi, Wi)
+    quality: Sequence[Tensor] | None = None  # (N, 1, Hi, Wi), logits
 
 
 class Targets(NamedTuple):
     """
     What the predictions of a batch are compared with, see :meth:`GFLCriterion.targets`.
 
-    Shapes: N images, R locations over all levels, P positive locations over all images, in the
-    order of images, then locations. Boxes and distances are in strides of the level.
+    Shapes: N images, P positive locations over all images, level by level. Boxes and distances are
+    in strides of the level.
     """
 
-    labels: Tensor  # (N, R), int64 in [0, C]; C is background
-    valid: Tensor  # (N, R), bool
-    image: Tensor  # (P,), int64 in [0, N)
-    location: Tensor  # (P,), int64 in [0, R)
+    positives: Sequence[Positives]  # of each level
+    valid_sizes: Sequence[Sequence[tuple[int, int]]]  # of each level, of each image
+    is_real: Tensor  # (P,), bool; others are there to keep shapes fixed, and count for nothing
+    labels: Tensor  # (P,), int64 in [0, C)
     predictions: Tensor  # (P, 4 * V), of the boxes
     boxes: Tensor  # (P, 4), predicted
     gt_boxes: Tensor  # (P, 4)
     gt_distances: Tensor  # (P, 4), to the sides of gt_boxes
     iou: Tensor  # (P,), of predicted and ground-truth box, no gradient
 
-    def spread(self, values: Tensor, background: float = 0.0) -> Tensor:
-        """Values of the positives, shape (P,), among all locations, shape (N, R)."""
-        spread = values.new_full(self.labels.shape, background)
-        spread[self.image, self.location] = values
-        return spread
+    def take(self, levels: Sequence[Tensor]) -> Tensor:
+        """Values of the positives: from maps of shape (N, X, Hi, Wi) to (P, X)."""
+        return torch.cat([p.take(maps) for p, maps in zip(self.positives, levels)])
+
+    def without_padding(self, levels: Sequence[Tensor], value: float) -> list[Tensor]:
+        """Maps of shape (N, X, Hi, Wi) with ``value`` in the padding, and no gradient there."""
+        result = []
+        for maps, sizes in zip(levels, self.valid_sizes):
+            if any(tuple(size) != maps.shape[2:] for size in sizes):
+                valid = valid_mask(sizes, *maps.shape[2:], maps.device)[:, None]
+                maps = torch.where(valid, maps, value)
+            result.append(maps)
+        return result
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values of the positives, shape (P, ...), level by level."""
+        return values.split([len(positives.image) for positives in self.positives])
+
+    def mask(self, values: Tensor) -> Tensor:
+        """Values of shape (P,) with 0 for what is not real."""
+        return torch.where(self.is_real, values, 0)
 
 
 class GFLCriterion:
@@ -60,7 +79,7 @@ class GFLCriterion:
     and the losses of the box representation over the positives, weighted and divided by the sum of
     these weights. Both divisors are averaged over the processes.
 
-    Shapes: N images, R locations over all levels.
+    Shapes: N images, C classes, M ground-truth boxes over all images.
     """
 
     def __init__(
@@ -85,20 +104,16 @@ class GFLCriterion:
     def __call__(
         self,
         predictions: Predictions,
-        centers: Tensor,
-        strides: Tensor,
-        gt_instances: list[Instances],
-        matched: Tensor,
-        valid: Tensor,
+        locations: Locations,
+        assignment: Assignment,
+        gt_classes: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Args:
-            predictions: of the head, in float32 or better.
-            centers: shape (R, 2), x and y of the locations, in pixels.
-            strides: shape (R,), of their levels, in pixels.
-            gt_instances: N Instances with ``gt_boxes`` (pixels) and ``gt_classes``.
-            matched: shape (N, R), int64, index of the ground-truth box of each location, or -1.
-            valid: shape (N, R), bool. Other locations have no loss.
+            predictions: of the head.
+            locations: where they are.
+            assignment: which of them answer for which of the M ground-truth boxes.
+            gt_classes: shape (M,), int64 in [0, C).
 
         Returns:
             losses (dict[str, Tensor]): weighted scalars: ``loss_bbox`` and those of ``quality`` and
@@ -108,43 +123,41 @@ class GFLCriterion:
             per image, their mean IoU, and the fraction of their box sides farther away than can be
             predicted. If the last is not small, objects are too large for n strides.
         """
-        targets = self.targets(predictions, centers, strides, gt_instances, matched, valid)
-        # A mask picks the valid locations, rather than multiplies: an infinite logit in the
-        # padding times zero would be NaN.
-        score_losses, weights = self.quality.losses(
-            predictions.logits, predictions.quality, targets
-        )
+        targets = self.targets(predictions, locations, assignment, gt_classes)
+        score_losses, weights = self.quality.losses(predictions, targets)
+        weights = targets.mask(weights)
         box_losses = {
             "loss_bbox": self.bbox_weight * giou_loss(targets.boxes, targets.gt_boxes),
             **self.box.losses(targets.predictions, targets.gt_distances),
         }
 
-        num_pos = (matched >= 0).sum(dim=1).to(weights)
+        num_images = len(locations.valid_sizes)
+        num_pos = weights.new_zeros(num_images).index_add_(
+            0, assignment.image, assignment.is_positive.sum(dim=1).to(weights)
+        )
         score_norm, box_norm = all_reduce_mean(
             torch.stack((num_pos.clamp(min=1).sum(), weights.sum()))
         ).unbind()
         box_norm = box_norm.clamp(min=self.box_normalizer_min)
         losses = {name: loss / score_norm for name, loss in score_losses.items()}
         for name, loss in box_losses.items():
-            losses[name] = (weights * loss).sum() / box_norm
+            losses[name] = (weights * targets.mask(loss)).sum() / box_norm
 
-        is_beyond = (targets.gt_distances > self.box.max_distance).to(weights)
+        is_beyond = (targets.gt_distances > self.box.max_distance).sum(dim=1)
         num_pos_total = num_pos.sum().clamp(min=1)
         diagnostics = {
             "num_pos_per_image": num_pos.mean(),
-            "pos_quality": targets.iou.sum() / num_pos_total,
-            "frac_sides_beyond_reg_max": is_beyond.sum() / (4 * num_pos_total),
+            "pos_quality": targets.mask(targets.iou).sum() / num_pos_total,
+            "frac_sides_beyond_reg_max": targets.mask(is_beyond).sum() / (4 * num_pos_total),
         }
         return losses, diagnostics
 
     def targets(
         self,
         predictions: Predictions,
-        centers: Tensor,
-        strides: Tensor,
-        gt_instances: list[Instances],
-        matched: Tensor,
-        valid: Tensor,
+        locations: Locations,
+        assignment: Assignment,
+        gt_classes: Tensor,
     ) -> Targets:
         """
         Args:
@@ -153,35 +166,30 @@ class GFLCriterion:
         Returns:
             Targets: gradients flow through ``predictions`` and ``boxes`` only.
         """
-        image, location = (matched >= 0).nonzero(as_tuple=True)
-        gt_boxes, gt_classes = _matched_ground_truth(gt_instances, matched, image, location)
-        pos_strides = strides[location, None]
-        pos_centers, gt_boxes = centers[location] / pos_strides, gt_boxes / pos_strides
-        pos_predictions = predictions.boxes[image, location]
-        boxes = distance_to_bbox(pos_centers, self.box.decode(pos_predictions))
+        positives, boxes_index, centers, strides = [], [], [], []
+        for level, (grid, (_, width)) in enumerate(zip(locations.grids, locations.sizes)):
+            box, location, is_real = assignment.of_level(level)
+            location = location - locations.starts[level]
+            row, column = location.div(width, rounding_mode="floor"), location % width
+            positives.append(Positives(assignment.image[box], row, column, is_real))
+            boxes_index.append(box)
+            # In strides.
+            xy = torch.stack((column, row), dim=1).to(assignment.boxes) + grid.first / grid.stride
+            centers.append(xy)
+            strides.append(xy.new_full((len(xy), 1), grid.stride))
+        index, centers = torch.cat(boxes_index), torch.cat(centers)
 
-        labels = torch.full_like(matched, predictions.logits.shape[-1])
-        labels[image, location] = gt_classes
+        pos_predictions = torch.cat([p.take(x) for p, x in zip(positives, predictions.boxes)])
+        boxes = distance_to_bbox(centers, self.box.decode(pos_predictions))
+        gt_boxes = assignment.boxes[index] / torch.cat(strides)
         return Targets(
-            labels=labels,
-            valid=valid,
-            image=image,
-            location=location,
+            positives=positives,
+            valid_sizes=list(zip(*locations.valid_sizes)),
+            is_real=torch.cat([p.is_real for p in positives]),
+            labels=gt_classes[index],
             predictions=pos_predictions,
             boxes=boxes,
             gt_boxes=gt_boxes,
-            gt_distances=bbox_to_distance(pos_centers, gt_boxes),
+            gt_distances=bbox_to_distance(centers, gt_boxes),
             iou=aligned_iou(boxes.detach(), gt_boxes),
         )
-
-
-def _matched_ground_truth(
-    gt_instances: list[Instances], matched: Tensor, image: Tensor, location: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Boxes (P, 4) and classes (P,) of the ground truth matched to the positives."""
-    boxes = torch.cat([gt.gt_boxes.tensor for gt in gt_instances])
-    classes = torch.cat([gt.gt_classes for gt in gt_instances])
-    counts = torch.tensor([len(gt) for gt in gt_instances], device=matched.device)
-    first = counts.cumsum(dim=0) - counts  # of each image, in the concatenated ground truth
-    index = first[image] + matched[image, location]
-    return boxes[index], classes[index]

@@ -9,7 +9,6 @@ import torch
 from detectron2.config import configurable
 from detectron2.layers import batched_nms, cat
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
@@ -19,11 +18,11 @@ from torch import Tensor
 from ..config import check_gfl_config
 from ..errors import InputError
 from ..precision import full_precision
-from .anchor_generator import build_anchor_generator
 from .assigner import ATSSAssigner, build_assigner
 from .box_distribution import distance_to_bbox
 from .criterion import GFLCriterion, Predictions
 from .head import GFLHead
+from .locations import LevelGrid, Locations, build_grids, valid_sizes
 
 __all__ = ["GFL"]
 
@@ -49,7 +48,7 @@ class GFL(DenseDetector):
         backbone: Backbone,
         head: GFLHead,
         head_in_features: list[str],
-        anchor_generator: DefaultAnchorGenerator,
+        grids: list[LevelGrid],
         assigner: ATSSAssigner,
         criterion: GFLCriterion,
         test_score_thresh: float = 0.05,
@@ -65,7 +64,7 @@ class GFL(DenseDetector):
             head: predicts class logits and boxes on each level.
             head_in_features: names of the backbone's features that the head takes, from high to
                 low resolution.
-            anchor_generator: one square anchor per location.
+            grids: where the locations of each level are.
             assigner: called as :class:`ATSSAssigner` is.
             criterion: computes the losses, for the same representation of box and quality as the
                 head's.
@@ -87,9 +86,10 @@ class GFL(DenseDetector):
                 f"{criterion.box} and {criterion.quality}"
             )
         self.num_classes = head.num_classes
-        self.anchor_generator = anchor_generator
+        self.grids = grids
         self.assigner = assigner
         self.criterion = criterion
+        self._pending: _Pending | None = None
 
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
@@ -124,7 +124,7 @@ class GFL(DenseDetector):
             "backbone": backbone,
             "head": head,
             "head_in_features": list(cfg.MODEL.GFL.IN_FEATURES),
-            "anchor_generator": build_anchor_generator(cfg, strides),
+            "grids": build_grids(cfg, strides),
             "assigner": build_assigner(cfg),
             "criterion": GFLCriterion(
                 box=head.box,
@@ -158,75 +158,54 @@ class GFL(DenseDetector):
             dict[str, Tensor]: weighted scalars: ``loss_bbox`` and those of the representations,
             in GFL ``loss_qfl`` and ``loss_dfl``.
         """
-        anchors = self.anchor_generator(features)
-        centers, strides = _centers_and_strides(anchors, self.anchor_generator.strides)
-        predictions = Predictions(
-            *(full_precision(cat(levels, dim=1)) for levels in self._transpose(predictions))
+        predictions = Predictions(*predictions)
+        locations = self._locations(features, images.image_sizes)
+        assignment = self.assigner(
+            locations,
+            [gt.gt_boxes.tensor for gt in gt_instances],
+            functools.partial(self._decode, predictions.boxes, locations),
         )
-        valid = self._valid_locations(features, images.image_sizes)
-        matched = [
-            self.assigner(
-                anchors,
-                gt.gt_boxes,
-                valid_i,
-                functools.partial(self._decode, boxes.detach(), centers, strides),
-            )
-            for gt, valid_i, boxes in zip(gt_instances, valid, predictions.boxes)
-        ]
-        losses, diagnostics = self.criterion(
-            predictions, centers, strides, gt_instances, torch.stack(matched), valid
-        )
-        # One transfer from the device for all.
-        values = torch.stack(list(diagnostics.values())).tolist()
-        for name, value in zip(diagnostics, values):
-            get_event_storage().put_scalar(f"gfl/{name}", value)
+        gt_classes = torch.cat([gt.gt_classes for gt in gt_instances])
+        losses, diagnostics = self.criterion(predictions, locations, assignment, gt_classes)
+        self._log(diagnostics)
         return losses
 
-    def _decode(self, predictions: Tensor, centers: Tensor, strides: Tensor, index: Tensor):
+    def _locations(self, features: list[Tensor], image_sizes: list[tuple[int, int]]) -> Locations:
+        return Locations(
+            self.grids,
+            [tuple(feature.shape[-2:]) for feature in features],
+            valid_sizes(image_sizes, self.grids, self.backbone.size_divisibility),
+        )
+
+    @torch.no_grad()
+    def _decode(
+        self, maps: list[Tensor], locations: Locations, image: Tensor, location: Tensor
+    ) -> Tensor:
         """
         Args:
-            predictions: shape (R, 4 * V), of boxes.
-            centers: shape (R, 2), in pixels.
-            strides: shape (R,), in pixels.
-            index: shape (...), int64 in [0, R).
+            maps: of each level, shape (N, 4 * V, Hi, Wi), predictions of boxes.
+            locations: of the batch.
+            image: int64 in [0, N), broadcastable to ``location``.
+            location: shape (...), int64 in [0, R).
 
         Returns:
             Tensor: shape (..., 4), boxes.
         """
-        distances = self.head.box.decode(predictions[index]) * strides[index][..., None]
-        return distance_to_bbox(centers[index], distances)
+        predictions = torch.cat([x.flatten(2) for x in maps], dim=2).transpose(1, 2)
+        distances = self.head.box.decode(predictions[image, location])
+        strides = locations.strides(location.device)[location, None]
+        centers = locations.centers(location.device)[location]
+        return distance_to_bbox(centers, distances * strides)
 
-    def _transpose(self, predictions: tuple[list[Tensor], ...]) -> list[list[Tensor]]:
-        """Per prediction and level, maps of shape (N, X, Hi, Wi) -> shape (N, Ri, X)."""
-        return self._transpose_dense_predictions(
-            predictions, [levels[0].shape[1] for levels in predictions]
-        )
-
-    def _valid_locations(
-        self, features: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> Tensor:
-        """
-        Locations that belong to an image, rather than to what pads it to the size of the batch.
-        Padding up to a multiple of the backbone's size divisibility counts as the image's own,
-        as it is there whatever the batch.
-
-        Returns:
-            Tensor: shape (N, R), bool.
-        """
-        multiple = max(self.backbone.size_divisibility, 1)
-        masks = []
-        for feature, stride in zip(features, self.anchor_generator.strides):
-            height, width = feature.shape[-2:]
-            mask = torch.zeros(
-                (len(image_sizes), height, width), dtype=torch.bool, device=feature.device
-            )
-            for mask_i, size in zip(mask, image_sizes):
-                rows, columns = (
-                    math.ceil(math.ceil(side / multiple) * multiple / stride) for side in size
-                )
-                mask_i[:rows, :columns] = True
-            masks.append(mask.flatten(1))
-        return torch.cat(masks, dim=1)
+    def _log(self, diagnostics: dict[str, Tensor]) -> None:
+        """Put scalars into the event storage; those of a GPU once they are there."""
+        values = torch.stack(list(diagnostics.values()))
+        if values.is_cuda:
+            values, self._pending = self._pending, _Pending(values)
+            values = values.get() if values is not None else None
+        if values is not None:
+            for name, value in zip(diagnostics, values.tolist()):
+                get_event_storage().put_scalar(f"gfl/{name}", value)
 
     def forward_inference(
         self,
@@ -244,32 +223,30 @@ class GFL(DenseDetector):
             list[Instances]: per image ``pred_boxes`` (pixels of the network input), ``scores`` and
             ``pred_classes``, by descending score.
         """
-        anchors = self.anchor_generator(features)
-        levels = [Predictions(*level) for level in zip(*self._transpose(predictions))]
-        logits = [self.head.quality.score_logits(level.logits, level.quality) for level in levels]
-        boxes = [level.boxes for level in levels]
+        predictions = Predictions(*predictions)
+        logits = predictions.logits
+        if predictions.quality is not None:
+            logits = map(self.head.quality.score_logits, logits, predictions.quality)
+        # Locations in the padding are dropped with their boxes, when these are clipped.
+        levels = [
+            (grid, maps.shape[-1], _flatten(maps), _flatten(boxes))
+            for grid, maps, boxes in zip(self.grids, logits, predictions.boxes)
+        ]
         return [
             self._inference_single_image(
-                anchors, [x[i] for x in logits], [x[i] for x in boxes], image_size
+                [(grid, width, x[i], boxes[i]) for grid, width, x, boxes in levels], image_size
             )
             for i, image_size in enumerate(images.image_sizes)
         ]
 
     def _inference_single_image(
-        self,
-        anchors: list[Boxes],
-        logits: list[Tensor],
-        boxes: list[Tensor],
-        image_size: tuple[int, int],
+        self, levels: list[tuple[LevelGrid, int, Tensor, Tensor]], image_size: tuple[int, int]
     ) -> Instances:
         """
         Args:
-            anchors: per level.
-            logits: per level, shape (Ri, C), of the scores.
-            boxes: per level, shape (Ri, 4 * V), predictions.
+            levels: arguments of :meth:`_decode_candidates`.
             image_size: (height, width) that boxes are clipped to.
         """
-        levels = zip(anchors, self.anchor_generator.strides, logits, boxes)
         candidates = [self._decode_candidates(*level) for level in levels]
         boxes, scores, classes = (cat(parts) for parts in zip(*candidates))
         boxes = Boxes(boxes)
@@ -283,12 +260,14 @@ class GFL(DenseDetector):
         return result[keep[: self.max_detections_per_image]]
 
     def _decode_candidates(
-        self, anchors: Boxes, stride: int, logits: Tensor, boxes: Tensor
+        self, grid: LevelGrid, width: int, logits: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Select the best (location, class) pairs of one level and decode their boxes.
 
         Args:
+            grid: of the level.
+            width: of the level's map.
             logits: shape (Ri, C), of the scores.
             boxes: shape (Ri, 4 * V), predictions.
 
@@ -296,20 +275,37 @@ class GFL(DenseDetector):
             boxes (Tensor), scores (Tensor), classes (Tensor): shapes (K, 4), (K,) and (K,), by
             descending score.
         """
-        scores = full_precision(logits).sigmoid().flatten()
-        (index,) = (scores > self.test_score_thresh).nonzero(as_tuple=True)
-        scores, order = scores[index].topk(min(len(index), self.test_topk_candidates))
+        # Of few pairs the score is needed: the threshold is one of logits.
+        logits = full_precision(logits.flatten())
+        (index,) = (logits > _logit(self.test_score_thresh)).nonzero(as_tuple=True)
+        best, order = logits[index].topk(min(len(index), self.test_topk_candidates))
         index = index[order]
         location = index.div(self.num_classes, rounding_mode="floor")
-        distances = self.head.box.decode(boxes[location]) * stride
-        boxes = distance_to_bbox(anchors.get_centers()[location], distances)
-        return boxes, scores, index % self.num_classes
+        row = location.div(width, rounding_mode="floor")
+        centers = torch.stack((location - row * width, row), dim=1) * grid.stride + grid.first
+        distances = self.head.box.decode(boxes[location]) * grid.stride
+        boxes = distance_to_bbox(centers, distances)
+        return boxes, best.sigmoid(), index - location * self.num_classes
 
 
-def _centers_and_strides(anchors: list[Boxes], strides: list[int]) -> tuple[Tensor, Tensor]:
-    """Centres (R, 2) and strides (R,) of all locations, in pixels."""
-    centers = Boxes.cat(anchors).get_centers()
-    per_location = [
-        centers.new_full((len(anchors_i),), stride) for anchors_i, stride in zip(anchors, strides)
-    ]
-    return centers, torch.cat(per_location)
+class _Pending:
+    """Values on their way from a GPU."""
+
+    def __init__(self, values: Tensor):
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def get(self) -> Tensor | None:
+        """The values, or None if they have not arrived."""
+        return self._values if self._done.query() else None
+
+
+def _logit(score: float) -> float:
+    return math.log(score / (1 - score)) if score > 0 else -math.inf
+
+
+def _flatten(maps: Tensor) -> Tensor:
+    """From shape (N, X, H, W) to (N, H * W, X)."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)

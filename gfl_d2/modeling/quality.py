@@ -13,11 +13,11 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..precision import full_precision
-from .losses import quality_focal_loss
+from .fused_qfl import NO_LOSS, quality_focal_loss_sum
 
 if TYPE_CHECKING:
     from .box_representation import BoxRepresentation
-    from .criterion import Targets
+    from .criterion import Predictions, Targets
 
 __all__ = [
     "DistributionGuidedQuality",
@@ -75,7 +75,7 @@ class Quality(ABC):
     """
     What a score stands for beside the class, and how it is trained.
 
-    Shapes: N images, R locations over all levels, C classes, P positive locations.
+    Shapes: N images, C classes, P positive locations.
     """
 
     def build_predictor(self, channels: int, box: BoxRepresentation) -> nn.Module | None:
@@ -96,27 +96,27 @@ class Quality(ABC):
         Logits of the scores that detections have.
 
         Args:
-            logits: shape (..., C), class logits.
-            quality: shape (..., 1), quality logits, if there is a predictor.
+            logits: shape (N, C, ...), class logits.
+            quality: shape (N, 1, ...), quality logits, if there is a predictor.
 
         Returns:
-            Tensor: shape (..., C).
+            Tensor: shape (N, C, ...).
         """
         return logits
 
     @abstractmethod
     def losses(
-        self, logits: Tensor, quality: Tensor | None, targets: Targets
+        self, predictions: Predictions, targets: Targets
     ) -> tuple[dict[str, Tensor], Tensor]:
         """
         Args:
-            logits: shape (N, R, C), class logits.
-            quality: shape (N, R, 1), quality logits, if there is a predictor.
+            predictions: of the head.
             targets: what they are compared with.
 
         Returns:
             losses (dict[str, Tensor]): weighted sums over all valid locations.
-            weights (Tensor): shape (P,), of the positives in the box losses. No gradient.
+            weights (Tensor): shape (P,), of the positives in the box losses. No gradient. What they
+            are where :attr:`Targets.is_real` is False does not matter.
         """
 
 
@@ -130,16 +130,22 @@ class JointQuality(Quality):
     beta: float = 2.0
     weight: float = 1.0
 
-    def losses(self, logits, quality, targets):
-        loss = quality_focal_loss(
-            logits[targets.valid],
-            targets.labels[targets.valid],
-            targets.spread(targets.iou)[targets.valid],
-            beta=self.beta,
-            reduction="sum",
+    def losses(self, predictions, targets):
+        return self._losses(predictions.logits, targets)
+
+    def _losses(self, logits: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
+        loss = sum(
+            quality_focal_loss_sum(maps, positives, labels, iou, self.beta, valid_sizes)
+            for maps, positives, labels, iou, valid_sizes in zip(
+                logits,
+                targets.positives,
+                targets.split(targets.labels),
+                targets.split(targets.iou),
+                targets.valid_sizes,
+            )
         )
-        best = logits.detach()[targets.image, targets.location].amax(dim=1)
-        return {"loss_qfl": self.weight * loss}, best.sigmoid()
+        best = targets.take([maps.detach() for maps in logits]).amax(dim=1)
+        return {"loss_qfl": self.weight * loss}, full_precision(best).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,12 @@ class DistributionGuidedQuality(JointQuality):
     def score_logits(self, logits, quality):
         return joint_logits(logits, quality)
 
-    def losses(self, logits, quality, targets):
-        return super().losses(self.score_logits(logits, quality), None, targets)
+    def losses(self, predictions, targets):
+        # An infinite logit in the padding would make the gradient of the product NaN there.
+        logits, quality = (
+            targets.without_padding(x, 0) for x in (predictions.logits, predictions.quality)
+        )
+        return self._losses(list(map(self.score_logits, logits, quality)), targets)
 
 
 class DistributionGuidedQualityPredictor(nn.Sequential):
@@ -209,14 +219,28 @@ class NoQuality(Quality):
     gamma: float = 2.0
     weight: float = 1.0
 
-    def losses(self, logits, quality, targets):
-        loss = self._focal_loss(logits, targets)[targets.valid].sum()
+    def losses(self, predictions, targets):
+        background = self._background_loss(predictions.logits, targets)
+        positives = self._positive_losses(predictions.logits, targets)
+        loss = background + targets.mask(positives).sum()
         return {"loss_cls": self.weight * loss}, torch.ones_like(targets.iou)
 
-    def _focal_loss(self, logits: Tensor, targets: Targets) -> Tensor:
-        """Shape (N, R, C)."""
-        one_hot = F.one_hot(targets.labels, logits.shape[-1] + 1)[..., :-1]
-        return sigmoid_focal_loss(logits, one_hot.to(logits), alpha=self.alpha, gamma=self.gamma)
+    def _background_loss(self, logits: list[Tensor], targets: Targets) -> Tensor:
+        """Sum over all valid locations but the positives."""
+        total = sum(
+            self._focal_loss(maps).sum() for maps in targets.without_padding(logits, NO_LOSS)
+        )
+        return total - targets.mask(self._focal_loss(targets.take(logits)).sum(dim=1)).sum()
+
+    def _positive_losses(self, logits: list[Tensor], targets: Targets) -> Tensor:
+        """Shape (P,), summed over classes."""
+        logits = targets.take(logits)
+        return self._focal_loss(logits, F.one_hot(targets.labels, logits.shape[1])).sum(dim=1)
+
+    def _focal_loss(self, logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Of each logit; the target is 0 by default."""
+        target = torch.zeros_like(logits) if target is None else target.to(logits)
+        return sigmoid_focal_loss(logits, target, alpha=self.alpha, gamma=self.gamma)
 
 
 @dataclass(frozen=True)
@@ -237,11 +261,12 @@ class QualityBranch(NoQuality):
     def score_logits(self, logits, quality):
         return joint_logits(logits, quality)
 
-    def losses(self, logits, quality, targets):
-        losses, _ = super().losses(logits, None, targets)
+    def losses(self, predictions, targets):
+        losses, _ = super().losses(predictions, targets)
         target = self.target(targets)
-        predicted = quality[targets.image, targets.location, 0]
-        loss = F.binary_cross_entropy_with_logits(predicted, target, reduction="sum")
+        predicted = full_precision(targets.take(predictions.quality)[:, 0])
+        loss = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
+        loss = targets.mask(loss).sum()
         return {**losses, f"loss_{self.name}": self.quality_weight * loss}, target
 
 
@@ -262,14 +287,14 @@ class QualityGuided(NoQuality):
     target: Callable[[Targets], Tensor] = _centerness
     eta: float = 1.5
 
-    def losses(self, logits, quality, targets):
-        loss = self._focal_loss(logits, targets).sum(dim=-1)
-        positive = loss[targets.image, targets.location].detach()
-        weights = self.target(targets).pow(self.eta)
-        tiny = torch.finfo(loss.dtype).tiny
-        weights = weights * positive.sum() / (weights * positive).sum().clamp(min=tiny)
-        loss = loss * targets.spread(weights, background=1.0)
-        return {"loss_cls": self.weight * loss[targets.valid].sum()}, torch.ones_like(targets.iou)
+    def losses(self, predictions, targets):
+        background = self._background_loss(predictions.logits, targets)
+        positives = targets.mask(self._positive_losses(predictions.logits, targets))
+        weights = targets.mask(self.target(targets).pow(self.eta))
+        total, weighted = positives.detach().sum(), (weights * positives.detach()).sum()
+        weights = weights * total / weighted.clamp(min=torch.finfo(weighted.dtype).tiny)
+        loss = background + (weights * positives).sum()
+        return {"loss_cls": self.weight * loss}, torch.ones_like(targets.iou)
 
 
 def build_quality(cfg: CfgNode) -> Quality:

@@ -1,0 +1,139 @@
+"""Quality Focal Loss over whole maps, of which almost all is background."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..precision import full_precision
+from .locations import needs_fixed_shapes, valid_mask
+from .losses import quality_focal_loss
+
+__all__ = ["NO_LOSS", "Positives", "quality_focal_loss_sum"]
+
+# A logit whose loss as background is 0, and its gradient.
+NO_LOSS = -1e4
+# Elements that are worked on at a time on a CPU: what fits into its cache.
+_BLOCK = 2**16
+
+
+class Positives(NamedTuple):
+    """
+    Locations of a level that answer for a ground-truth box.
+
+    Shapes: P locations.
+    """
+
+    image: Tensor  # (P,), int64
+    row: Tensor  # (P,), int64
+    column: Tensor  # (P,), int64
+    # (P,), bool. On a GPU others are among them, so that no shape depends on a value.
+    is_real: Tensor
+
+    def take(self, maps: Tensor) -> Tensor:
+        """Values at the locations: from (N, C, H, W) to (P, C)."""
+        return maps.permute(0, 2, 3, 1)[self.image, self.row, self.column]
+
+
+def quality_focal_loss_sum(
+    logits: Tensor,
+    positives: Positives,
+    labels: Tensor,
+    quality: Tensor,
+    beta: float = 2.0,
+    valid_sizes: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """
+    What :func:`gfl_d2.modeling.quality_focal_loss` sums up to, computed with its gradient in one
+    pass over the map and in little memory: the loss of a background everywhere, corrected at the
+    positives.
+
+    Args:
+        logits: shape (N, C, H, W).
+        positives: P locations.
+        labels: shape (P,), int64 in [0, C): their classes.
+        quality: shape (P,), in [0, 1], their targets.
+        beta: as of :func:`quality_focal_loss`.
+        valid_sizes: N times (height, width): the part of each map that counts. All by default.
+
+    Returns:
+        Tensor: a scalar, float32 or better. Its gradient cannot be differentiated again.
+    """
+    return _QualityFocalLossSum.apply(logits, *positives, labels, quality, beta, valid_sizes)
+
+
+class _QualityFocalLossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, logits, image, row, column, is_real, labels, quality, beta, valid_sizes
+    ) -> Tensor:
+        total, grad = _background(logits, beta, valid_sizes)
+        index = (image, labels, row, column)
+        loss, grad_at = _positive_minus_background(full_precision(logits[index]), quality, beta)
+        grad.index_put_(index, torch.where(is_real, grad_at, 0), accumulate=True)
+        ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
+        return total + torch.where(is_real, loss, 0).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        (grad,) = ctx.saved_tensors
+        return ((grad * grad_output).to(ctx.dtype), *([None] * 8))
+
+
+def _background(
+    logits: Tensor, beta: float, valid_sizes: Sequence[tuple[int, int]] | None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the loss with a target of 0, and its gradient, in float32 or better."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    grad = torch.zeros_like(logits, dtype=dtype)
+    total = grad.new_zeros(())
+    for x, grad_x in _regions(logits, grad, valid_sizes):
+        x = x.to(dtype)
+        # The exponential of what is not positive cannot overflow.
+        softplus = x.abs().neg_().exp_().add_(1).log_().add_(x.clamp(min=0))
+        score = x.sigmoid()
+        factor = score.square() if beta == 2 else score.pow(beta)
+        total += (factor * softplus).sum()
+        # d/dx score^beta * softplus = score^beta * (beta * (1 - score) * softplus + score)
+        torch.mul(torch.addcmul(score, softplus, 1 - score, value=beta), factor, out=grad_x)
+    return total, grad
+
+
+def _regions(
+    logits: Tensor, grad: Tensor, valid_sizes: Sequence[tuple[int, int]] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of the logits and of their gradient that cover what is valid."""
+    num_images, num_classes, height, width = logits.shape
+    sizes = [(height, width)] * num_images if valid_sizes is None else valid_sizes
+    if needs_fixed_shapes(logits):
+        if any(tuple(size) != (height, width) for size in sizes):
+            valid = valid_mask(sizes, height, width, logits.device)[:, None]
+            logits = torch.where(valid, logits, NO_LOSS)
+        yield logits, grad
+        return
+    for i, (height, width) in enumerate(sizes):
+        x, grad_x = logits[i, :, :height, :width], grad[i, :, :height, :width]
+        # Along the axis that is the outer one in memory.
+        is_channels_last = x.stride(0) < x.stride(1)
+        axis, length = (1, num_classes * width) if is_channels_last else (0, height * width)
+        step = max(_BLOCK // max(length, 1), 1)
+        yield from zip(x.split(step, dim=axis), grad_x.split(step, dim=axis))
+
+
+def _positive_minus_background(x: Tensor, quality: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The difference of the loss with target ``quality`` from that with 0, and its gradient."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        losses = [
+            quality_focal_loss(x[:, None], labels, target.to(x), beta)[:, 0]
+            for target in (quality, torch.zeros_like(quality))
+        ]
+        difference = losses[0] - losses[1]
+        (grad,) = torch.autograd.grad(difference.sum(), x)
+    return difference.detach(), grad

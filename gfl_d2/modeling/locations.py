@@ -1,0 +1,142 @@
+"""Where the head predicts: regular grids of locations, on which nothing has to be searched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+__all__ = [
+    "LevelGrid",
+    "Locations",
+    "build_grids",
+    "needs_fixed_shapes",
+    "to_device",
+    "valid_mask",
+    "valid_sizes",
+]
+
+
+class LevelGrid(NamedTuple):
+    """
+    The locations of one level: the centre of that in row i, column j is at
+    ``(j * stride + first, i * stride + first)``, in pixels.
+    """
+
+    stride: int
+    first: float
+    anchor_size: float  # side of the square anchor of each location, in pixels
+
+
+class Locations(NamedTuple):
+    """
+    The locations of a batch, numbered row by row and level by level.
+
+    Shapes: N images, L levels, R locations over all levels.
+    """
+
+    grids: Sequence[LevelGrid]  # L
+    sizes: Sequence[tuple[int, int]]  # L, (height, width) of the maps
+    # N * L, the (height, width) of the part of a map that belongs to an image. The rest is padding.
+    valid_sizes: Sequence[Sequence[tuple[int, int]]]
+
+    @property
+    def starts(self) -> list[int]:
+        """The number of the first location of each level, and R."""
+        starts = [0]
+        for height, width in self.sizes:
+            starts.append(starts[-1] + height * width)
+        return starts
+
+    def strides(self, device: torch.device) -> Tensor:
+        """Shape (R,), in pixels."""
+        levels = [
+            torch.full((height * width,), grid.stride, device=device)
+            for (height, width), grid in zip(self.sizes, self.grids)
+        ]
+        return torch.cat(levels)
+
+    def centers(self, device: torch.device) -> Tensor:
+        """Shape (R, 2), x and y in pixels."""
+        levels = []
+        for (height, width), grid in zip(self.sizes, self.grids):
+            y, x = (
+                torch.arange(size, device=device, dtype=torch.float32) * grid.stride + grid.first
+                for size in (height, width)
+            )
+            xy = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
+            levels.append(xy.flatten(0, 1))
+        return torch.cat(levels)
+
+
+def build_grids(cfg: CfgNode, strides: Sequence[int]) -> list[LevelGrid]:
+    """
+    Args:
+        cfg: ``MODEL.GFL.ANCHOR_SCALE``, ``MODEL.GFL.LEGACY_ANCHOR_CENTERS`` and
+            ``MODEL.ANCHOR_GENERATOR.OFFSET``.
+        strides: of the levels, in pixels.
+    """
+    grids = []
+    for stride in strides:
+        first = cfg.MODEL.ANCHOR_GENERATOR.OFFSET * stride
+        if cfg.MODEL.GFL.LEGACY_ANCHOR_CENTERS:
+            # The middle of a cell whose pixels have whole coordinates.
+            first = (stride - 1) / 2
+        grids.append(LevelGrid(stride, first, cfg.MODEL.GFL.ANCHOR_SCALE * stride))
+    return grids
+
+
+def valid_sizes(
+    image_sizes: Sequence[tuple[int, int]], grids: Sequence[LevelGrid], divisibility: int
+) -> list[list[tuple[int, int]]]:
+    """
+    The part of each level that belongs to an image, rather than to what pads it to the size of the
+    batch. Padding up to a multiple of ``divisibility`` counts as the image's own, as it is there
+    whatever the batch.
+
+    Returns:
+        list[list[tuple[int, int]]]: N * L, (height, width).
+    """
+    multiple = max(divisibility, 1)
+    padded = [tuple(math.ceil(side / multiple) * multiple for side in size) for size in image_sizes]
+    return [
+        [(math.ceil(height / grid.stride), math.ceil(width / grid.stride)) for grid in grids]
+        for height, width in padded
+    ]
+
+
+def valid_mask(
+    sizes: Sequence[tuple[int, int]], height: int, width: int, device: torch.device
+) -> Tensor:
+    """
+    Args:
+        sizes: N times (height, width), what is valid of a map.
+        height, width: of the map.
+
+    Returns:
+        Tensor: shape (N, height, width), bool.
+    """
+    limits = to_device(sizes, device)
+    rows = torch.arange(height, device=device) < limits[:, :1]
+    columns = torch.arange(width, device=device) < limits[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def needs_fixed_shapes(x: Tensor) -> bool:
+    """
+    Whether to work on more than is needed rather than on what a mask selects: on a GPU, which would
+    have to be waited for to learn how much that is.
+    """
+    return x.is_cuda
+
+
+def to_device(values: Sequence, device: torch.device) -> Tensor:
+    """Integers as int64, on a GPU without waiting for it."""
+    values = torch.tensor(values, dtype=torch.int64)
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
