@@ -22,6 +22,7 @@ from gfl_d2.config import load_config
 from gfl_d2.data import check_datasets, register_datasets
 from gfl_d2.engine import Trainer
 from gfl_d2.errors import InputError, user_message
+from gfl_d2.inference import prepare_for_inference
 
 
 def setup(args):
@@ -43,7 +44,7 @@ def run(args):
         GFLCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
-        results = Trainer.test(cfg, model)
+        results = Trainer.test(cfg, prepare_for_inference(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

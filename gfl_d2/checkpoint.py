@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from .errors import InputError
+from .errors import InputError, name_some
 
 __all__ = ["GFLCheckpointer"]
 
@@ -189,7 +189,7 @@ def _part(name: str) -> str:
 def _describe(path: str, wrong: dict[str, tuple], missing: list[str], unexpected: list[str]) -> str:
     shapes = [f"{name} is {there}, not {here}" for name, (there, here) in wrong.items()]
     problems = [
-        f"{what} ({len(names)}): {_name_some(names)}"
+        f"{what} ({len(names)}): {name_some(names, _NUM_NAMED)}"
         for names, what in (
             (shapes, "Of another shape than in the model"),
             (missing, "Not in the file"),
@@ -198,8 +198,3 @@ def _describe(path: str, wrong: dict[str, tuple], missing: list[str], unexpected
         if names
     ]
     return f"Weights file {path} does not fit the model. {'. '.join(problems)}"
-
-
-def _name_some(names: list[str]) -> str:
-    rest = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")

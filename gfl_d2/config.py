@@ -34,6 +34,15 @@ def add_gfl_config(cfg: CN) -> None:
     # DATASETS.TEST has several; "" keeps none. Needs TEST.EVAL_PERIOD > 0.
     cfg.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
 
+    # Of `train_net.py --eval-only` and gfl_d2.inference.Predictor. Fold BatchNorm into the
+    # convolutions: the same results, up to rounding.
+    cfg.TEST.FUSE_NORM = True
+    # Precision of backbone and head: "float32", "bfloat16" or "float16" (on a GPU). Boxes are
+    # decoded in float32 always.
+    cfg.TEST.PRECISION = "float32"
+    # Compile backbone and head by torch.compile: the first images of each size take minutes.
+    cfg.TEST.COMPILE = False
+
     # Train under autocast to bfloat16, where the CPU or GPU has it (float32 elsewhere). It needs no
     # gradient scaling, unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
     cfg.SOLVER.BF16 = False
@@ -98,17 +107,17 @@ def add_gfl_config(cfg: CN) -> None:
 
     # Exponent beta of the modulating factor |y - sigma|^beta of QFL ("joint", "dgqp"): 0, or >= 1.
     cfg.MODEL.GFL.QFL_BETA = 2.0
-    # Focal loss, for any other QUALITY: alpha in [0, 1], or negative for none; gamma >= 0.
+    # Focal loss, for any other QUALITY: alpha in [0, 1], or negative for none; gamma 0, or >= 1.
     cfg.MODEL.GFL.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.GFL.FOCAL_LOSS_GAMMA = 2.0
     # Weights of the losses, >= 0: QFL, focal loss, that of the "centerness" or "iou" branch, GIoU,
-    # DFL ("general"; 0 for none) and the likelihood of "gaussian".
+    # DFL ("general"; 0 for none) and the KL loss of "gaussian".
     cfg.MODEL.GFL.LOSS_QFL_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_CLS_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_QUALITY_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_BBOX_WEIGHT = 2.0
     cfg.MODEL.GFL.LOSS_DFL_WEIGHT = 0.25
-    cfg.MODEL.GFL.LOSS_NLL_WEIGHT = 0.25
+    cfg.MODEL.GFL.LOSS_KL_WEIGHT = 0.25
     # Lower bound, > 0, of the sum of the positives' weights by which the box losses are divided. In
     # "joint" and "dgqp" the weights are scores.
     # 1.0 is the reference implementation's. It shrinks both box losses while that sum is smaller,
@@ -184,10 +193,10 @@ def check_gfl_config(cfg: CN) -> None:
         # For 0 < beta < 1 the gradient of QFL is infinite where the prediction meets the target.
         "QFL_BETA": (gfl.QFL_BETA == 0 or gfl.QFL_BETA >= 1, "0 or >= 1"),
         "FOCAL_LOSS_ALPHA": (gfl.FOCAL_LOSS_ALPHA <= 1, "in [0, 1], or negative"),
-        "FOCAL_LOSS_GAMMA": (gfl.FOCAL_LOSS_GAMMA >= 0, ">= 0"),
+        "FOCAL_LOSS_GAMMA": (gfl.FOCAL_LOSS_GAMMA == 0 or gfl.FOCAL_LOSS_GAMMA >= 1, "0 or >= 1"),
         **{
             f"LOSS_{name}_WEIGHT": (gfl[f"LOSS_{name}_WEIGHT"] >= 0, ">= 0")
-            for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "NLL")
+            for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL")
         },
         "BOX_NORMALIZER_MIN": (gfl.BOX_NORMALIZER_MIN > 0, "> 0"),
         "SCORE_THRESH_TEST": (0 <= gfl.SCORE_THRESH_TEST < 1, "in [0, 1)"),
@@ -246,6 +255,10 @@ def _check_general_config(cfg: CN) -> None:
     _require(flip in flips, "INPUT.RANDOM_FLIP", f"one of {flips}", flip)
     clip, clips = cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, ("value", "norm", "full_model")
     _require(clip in clips, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", f"one of {clips}", clip)
+    precision, precisions = cfg.TEST.PRECISION, ("float32", "bfloat16", "float16")
+    _require(precision in precisions, "TEST.PRECISION", f"one of {precisions}", precision)
+    on_gpu = precision != "float16" or cfg.MODEL.DEVICE != "cpu"
+    _require(on_gpu, "TEST.PRECISION", "'float32' or 'bfloat16' on a CPU", precision)
     both = cfg.SOLVER.BF16 and cfg.SOLVER.AMP.ENABLED
     _require(not both, "SOLVER.BF16", "False when SOLVER.AMP.ENABLED is True", cfg.SOLVER.BF16)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "user_message"]
+from collections.abc import Sequence
+
+__all__ = ["InputError", "name_some", "user_message"]
 
 
 class InputError(ValueError):
@@ -26,3 +28,9 @@ def user_message(error: BaseException) -> str:
     text = str(error)
     _, found, message = text.rpartition(_MARK)
     return (message if found else text).strip()
+
+
+def name_some(names: Sequence[str], number: int = 10) -> str:
+    """The first names of a list, for a message."""
+    rest = len(names) - number
+    return ", ".join(names[:number]) + (f" and {rest} more" if rest > 0 else "")

@@ -28,7 +28,7 @@ QUALITIES = {
     "centerness_guided": {"loss_cls"},
     "iou_guided": {"loss_cls"},
 }
-BOXES = {"general": {"loss_dfl"}, "dirac": set(), "gaussian": {"loss_nll"}}
+BOXES = {"general": {"loss_dfl"}, "dirac": set(), "gaussian": {"loss_kl"}}
 NUM_VALUES = {"general": 17, "dirac": 1, "gaussian": 2}
 
 
@@ -111,12 +111,12 @@ def test_values_reach_the_choices():
 
     model = build("iou", "gaussian", "atss", "MODEL.GFL.FOCAL_LOSS_ALPHA", 0.5,
                   "MODEL.GFL.FOCAL_LOSS_GAMMA", 1.0, "MODEL.GFL.LOSS_CLS_WEIGHT", 3.0,
-                  "MODEL.GFL.LOSS_QUALITY_WEIGHT", 4.0, "MODEL.GFL.LOSS_NLL_WEIGHT", 5.0,
+                  "MODEL.GFL.LOSS_QUALITY_WEIGHT", 4.0, "MODEL.GFL.LOSS_KL_WEIGHT", 5.0,
                   "MODEL.GFL.ANCHOR_SCALE", 6.0)  # fmt: skip
     quality = model.head.quality
     assert (quality.alpha, quality.gamma, quality.weight) == (0.5, 1.0, 3.0)
     assert quality.quality_weight == 4.0
-    assert (model.head.box.prior, model.head.box.nll_weight) == (3.0, 5.0)
+    assert (model.head.box.prior, model.head.box.kl_weight) == (3.0, 5.0)
 
 
 # Table 1a, ATSS column; table 2a, ATSS column; table 3.

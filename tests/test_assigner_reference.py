@@ -39,7 +39,7 @@ def test_assignment(name):
 
     grids = [LevelGrid(stride, 0.0, 8 * stride) for stride in STRIDES]
     sizes = [tuple(size) for size in ref["featmap_sizes"].tolist()]
-    valid = valid_sizes([tuple(ref["image_size"].tolist())], grids, divisibility=32)
+    valid = valid_sizes([tuple(ref["image_size"].tolist())], grids, sizes, divisibility=32)
     locations = Locations(grids, sizes, valid)
     assert torch.equal(locations.centers(torch.device("cpu")), Boxes.cat(anchors).get_centers())
 

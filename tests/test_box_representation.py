@@ -128,7 +128,7 @@ def test_gaussian_with_extreme_variances_is_finite():
     predictions = torch.zeros(1, 8).index_fill_(1, torch.tensor([1, 3]), -1e4)
     predictions[0, [5, 7]] = 1e4
     predictions.requires_grad_()
-    loss = Gaussian().losses(predictions, torch.ones(1, 4))["loss_nll"]
+    loss = Gaussian().losses(predictions, torch.ones(1, 4))["loss_kl"]
     loss.sum().backward()
     assert loss.isfinite().all()
     assert predictions.grad.isfinite().all()

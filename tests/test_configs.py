@@ -165,7 +165,7 @@ def test_schedules_of_the_published_models():
         ("FOCAL_LOSS_GAMMA", -1.0),
         ("LOSS_CLS_WEIGHT", -1.0),
         ("LOSS_QUALITY_WEIGHT", -1.0),
-        ("LOSS_NLL_WEIGHT", -1.0),
+        ("LOSS_KL_WEIGHT", -1.0),
         ("PRIOR_PROB", 1.0),
         ("REG_MAX", 0),
         ("ANCHOR_SCALE", 0.0),

@@ -1083,3 +1083,33 @@ def test_deformable_detectors_start_from_imagenet(tmp_path, make, config):
     assert all((loaded[name] == 0).all() for name in offsets)
     for name, value in from_mmdet(checkpoint(weights)).content["model"].items():
         assert torch.equal(loaded[name[len("backbone.bottom_up.") :]], value), name
+
+
+def test_a_gaussian_is_not_taken_for_a_distribution():
+    """Both have two numbers a side where there are two bins."""
+    cfg, model = small_model("MODEL.GFL.BOX_REPRESENTATION", "gaussian")
+    source = Checkpoint("here.pth", model.state_dict())
+    assert "MODEL.GFL.BOX_REPRESENTATION decides" in refusal(to_mmdet, source)
+    facts = to_mmdet(source, cfg).facts
+    assert "BOX_REPRESENTATION is 'gaussian'" in refusal(check_config, facts, cfg, "c.yaml")
+    cfg, model = small_model("MODEL.GFL.REG_MAX", 1)
+    facts = to_mmdet(Checkpoint("here.pth", model.state_dict()), cfg).facts
+    assert check_config(facts, cfg, "c.yaml") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("MODEL.GFL.BIN_WIDTH", 0.5), ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)],
+)
+def test_what_mmdetection_does_not_have_is_refused_with_a_config(key, value):
+    cfg, model = small_model(key, value)
+    source = Checkpoint("here.pth", model.state_dict())
+    assert key in refusal(check_config, to_mmdet(source, cfg).facts, cfg, "c.yaml")
+    assert "Give --config-file" in " ".join(to_mmdet(source).notes)
+
+
+def test_old_versions_of_pytorch_read_plain_files(tmp_path, monkeypatch):
+    torch.save({"state_dict": detector(), "meta": {"epoch": 1}}, tmp_path / "there.pth")
+    monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
+    monkeypatch.delattr(torch.serialization, "safe_globals")
+    assert read_checkpoint(tmp_path / "there.pth").meta == {"epoch": 1}

@@ -30,9 +30,17 @@ def test_centers_are_detectron2s(offset):
 
 def test_padding_to_the_divisibility_is_the_images_own():
     grids = [LevelGrid(8, 0.0, 64), LevelGrid(64, 0.0, 512)]
-    sizes = valid_sizes([(33, 100), (64, 64)], grids, divisibility=32)
+    maps = [(20, 20), (3, 3)]
+    sizes = valid_sizes([(33, 100), (64, 64)], grids, maps, divisibility=32)
     assert sizes == [[(8, 16), (1, 2)], [(8, 8), (1, 1)]]
-    assert valid_sizes([(33, 100)], grids, divisibility=0) == [[(5, 13), (1, 2)]]
+    assert valid_sizes([(33, 100)], grids, maps, divisibility=0) == [[(5, 13), (1, 2)]]
+
+
+def test_no_location_is_beyond_the_map():
+    """Of a backbone that rounds sizes down."""
+    grids = [LevelGrid(8, 0.0, 64), LevelGrid(16, 0.0, 128)]
+    sizes = valid_sizes([(86, 86), (40, 86)], grids, [(10, 10), (5, 5)], divisibility=0)
+    assert sizes == [[(10, 10), (5, 5)], [(5, 10), (3, 5)]]
 
 
 def test_valid_mask():

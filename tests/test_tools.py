@@ -6,6 +6,7 @@ import shutil
 import cv2
 import pytest
 
+from gfl_d2 import load_config
 from gfl_d2.metrics import read_metrics
 from scripts import ROOT, load_script
 
@@ -48,6 +49,7 @@ def test_plot_metrics(tmp_path, monkeypatch):
 
 class TestRunAblations:
     ROWS = tuple(str(ROOT / "configs" / "ablations" / f"table_3_{x}.yaml") for x in ("atss", "qfl"))
+    CONFIG = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
 
     def run(self, monkeypatch, folder, *opts):
         """The grid with a training that writes its metrics at once; its runs, in order."""
@@ -55,13 +57,11 @@ class TestRunAblations:
 
         def train(config_file, opts, seed, output):
             runs.append((output.parent.name, seed, opts))
-            output.mkdir(parents=True)
             ap = {"bbox/AP": 40.0 + seed, "bbox/AP50": 60.0, "bbox/AP75": 41.0}
             (output / "metrics.json").write_text(json.dumps({"iteration": 1000, **ap}))
 
         monkeypatch.setattr(run_ablations, "train", train)
-        config = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
-        arguments = [*self.ROWS, "--config-file", config, "--seeds", "0", "1"]
+        arguments = [*self.ROWS, "--config-file", self.CONFIG, "--seeds", "0", "1"]
         monkeypatch.setattr("sys.argv", ["run", *arguments, "--output", str(folder), *opts])
         run_ablations.main()
         return runs
@@ -70,13 +70,13 @@ class TestRunAblations:
         runs = self.run(monkeypatch, tmp_path, "--", "MODEL.DEVICE", "cpu")
         names = [(name, seed) for name, seed, _ in runs]
         assert names == [(f"table_3_{x}", seed) for seed in (0, 1) for x in ("atss", "qfl")]
-        atss, qfl = (dict(zip(opts[::2], opts[1::2])) for _, _, opts in runs[:2])
-        assert atss == {
-            "MODEL.GFL.QUALITY": "centerness",
-            "MODEL.GFL.BOX_REPRESENTATION": "dirac",
-            "MODEL.DEVICE": "cpu",
-        }
-        assert qfl == {"MODEL.GFL.BOX_REPRESENTATION": "dirac", "MODEL.DEVICE": "cpu"}
+        for (_, _, opts), quality in zip(runs, ("centerness", "joint")):
+            opts = dict(zip(opts[::2], opts[1::2]))
+            assert opts["MODEL.GFL.QUALITY"] == quality
+            assert opts["MODEL.GFL.BOX_REPRESENTATION"] == "dirac"
+            assert opts["MODEL.DEVICE"] == "cpu"
+            assert "MODEL.GFL.NUM_CLASSES" not in opts
+            load_config(self.CONFIG, [x for pair in opts.items() for x in pair])
         assert "| table_3_qfl | 40.5 | 0.7 | 60.0 | 41.0 | 40.0, 41.0 |" in capsys.readouterr().out
 
     def test_goes_on_where_it_stopped(self, monkeypatch, tmp_path):
@@ -96,3 +96,8 @@ class TestRunAblations:
         with pytest.raises(SystemExit, match=r"MODEL\.GFL\.REG_MAX"):
             self.run(monkeypatch, tmp_path, "--", "MODEL.GFL.REG_MAX", "0")
         assert list(tmp_path.iterdir()) == []
+
+    def test_runs_of_other_settings_are_not_taken(self, monkeypatch, tmp_path):
+        self.run(monkeypatch, tmp_path)
+        with pytest.raises(SystemExit, match=r"other settings: see .*settings\.json"):
+            self.run(monkeypatch, tmp_path, "--", "SOLVER.MAX_ITER", "500")

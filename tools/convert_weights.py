@@ -55,6 +55,8 @@ def convert(args: argparse.Namespace) -> None:
     facts = conversion.facts
     if cfg is not None:
         fitting = [(args.config_file, check_config(facts, cfg, args.config_file))]
+    elif args.to == "mmdet":
+        fitting = []
     else:
         fitting = find_configs(facts, CONFIGS.glob("*.yaml"))
     write_checkpoint(conversion.content, args.output, source=args.input)

@@ -5,8 +5,9 @@ Train a grid of ablations on a small budget, with several seeds each, and print 
     python tools/run_ablations.py configs/ablations/table_3_*.yaml --output output/ablations \
         --config-file configs/gfl_R_18_FPN_demo.yaml --seeds 0 1 2 -- SOLVER.MAX_ITER 500
 
-From each ablation only its ``MODEL.GFL`` is taken; data, backbone and schedule are those of
-``--config-file``. Options after a ``--`` hold for all. A grid that was interrupted goes on where
+From each ablation its ``MODEL.GFL`` is taken, but for the number of classes and the size of the
+head; data, backbone and schedule are those of ``--config-file``. Options after a ``--`` hold for
+all. A grid that was interrupted goes on where
 it stopped when run again.
 """
 
@@ -19,25 +20,39 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from detectron2.config import get_cfg
-
-from gfl_d2.config import add_gfl_config, load_config
+from gfl_d2.config import load_config
 from gfl_d2.errors import InputError
 from gfl_d2.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("AP", "AP50", "AP75")
+# What depends on the data and on the size of the model.
+_NOT_TAKEN = ("NUM_CLASSES", "IN_FEATURES", "NUM_CONVS", "CONV_DIM", "NORM")
 
 
 def ablation_opts(config_file: str) -> list[str]:
-    """What a config changes of the defaults of ``MODEL.GFL``, as KEY VALUE pairs."""
-    defaults = get_cfg()
-    add_gfl_config(defaults)
+    """The ``MODEL.GFL`` of a config but for data and size of the head, as KEY VALUE pairs."""
     opts = []
     for key, value in load_config(config_file).MODEL.GFL.items():
-        if value != defaults.MODEL.GFL[key]:
+        if key not in _NOT_TAKEN:
             opts += [f"MODEL.GFL.{key}", str(value)]
     return opts
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """
+    Write down what a run is trained with, so that one of other settings is not taken for it.
+
+    Raises:
+        InputError: it is there with other settings.
+    """
+    path = folder / "settings.json"
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != settings:
+            raise InputError(f"{folder} has a run with other settings: see {path}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def read_result(folder: Path, num_iterations: int) -> dict[str, float] | None:
@@ -95,6 +110,11 @@ def main() -> None:
     for i, (seed, name) in enumerate(runs):
         folder = args.output.resolve() / name / str(seed)
         print(f"[{i + 1}/{len(runs)}] {name}, seed {seed}: {folder}", flush=True)
+        settings = {"config_file": args.config_file, "opts": [*rows[name], *opts], "seed": seed}
+        try:
+            check_settings(folder, settings)
+        except InputError as error:
+            sys.exit(f"Error: {error}")
         if read_result(folder, num_iterations) is None:
             train(args.config_file, [*rows[name], *opts], seed, folder)
         results[name][seed] = read_result(folder, num_iterations)

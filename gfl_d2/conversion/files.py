@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not os.path.isfile(path):
         raise InputError(f"Weights file {path} does not exist")
     try:
-        with torch.serialization.safe_globals([(_Nothing, name) for name in _READ_AS_NOTHING]):
+        with _reading_as_nothing():
             content = torch.load(path, map_location="cpu", weights_only=True)
     # Bytes that are no checkpoint can make unpickling raise anything.
     except Exception as error:
@@ -98,6 +99,13 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise InputError(f"Weights file {path} is no checkpoint: it has a {_kind(content)}")
     return _unwrap(path, content)
+
+
+def _reading_as_nothing():
+    # Older ones refuse MMDetection 3's files, unless they hold weights alone.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        return nullcontext()
+    return torch.serialization.safe_globals([(_Nothing, name) for name in _READ_AS_NOTHING])
 
 
 def _explain_unreadable(path: str, error: Exception) -> str:

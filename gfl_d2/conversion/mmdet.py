@@ -12,12 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, name_some
 from .facts import COCO_CLASSES, LEGACY_CENTERS, NUM_CLASSES, Facts, infer_config
 from .files import LEFTOVERS, Checkpoint, keep_plain, own_memory
 from .fit import TRAINABLE_BATCH_NORMS
 from .names import BOTTOM_UP, COUNTER, pack, rules_for, translate, unpack
-from .structure import check_structure, name_some
+from .structure import check_structure
 
 __all__ = ["Conversion", "from_mmdet", "to_mmdet"]
 
@@ -123,7 +123,7 @@ def to_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion:
 
     Args:
         checkpoint: see :func:`read_checkpoint`.
-        cfg: as in :func:`from_mmdet`.
+        cfg: as in :func:`from_mmdet`, and the box representation if there are two numbers a side.
 
     Raises:
         InputError: the weights are of another model, or incomplete; the message names the keys.
@@ -137,6 +137,11 @@ def to_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion:
     tensors = unpack(checkpoint.weights)
     is_detector = any(name.startswith("head.") for name in tensors)
     facts = Facts("Detectron2", is_detector, infer_config(path, tensors, is_detector, cfg))
+    if cfg is None and facts.config.get("MODEL.GFL.REG_MAX") == 1:
+        raise InputError(
+            f"Weights file {path}: its two numbers a box side may be a distribution or a Gaussian. "
+            "Of --config-file, MODEL.GFL.BOX_REPRESENTATION decides"
+        )
     check_structure(path, tensors, facts)
 
     order, beside, background = _read_leftovers(checkpoint)
@@ -150,6 +155,11 @@ def to_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion:
         if counter != there and (counter in order or not order):
             weights[counter] = beside.get(counter, torch.zeros((), dtype=torch.long))
     notes = [f"Ignored: {', '.join(checkpoint.ignored)}."] if checkpoint.ignored else []
+    if is_detector and cfg is None and not order:
+        notes.append(
+            "Not checked, as weights do not show it: that MODEL.GFL.BIN_WIDTH is 1.0 and anchor "
+            "centres are MMDetection's. Give --config-file to check it."
+        )
     if is_detector:
         bins = torch.arange(facts.config["MODEL.GFL.REG_MAX"] + 1).to(
             checkpoint.weights["head.scales"]

@@ -12,11 +12,11 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from ..config import add_gfl_config
-from ..errors import InputError
+from ..errors import InputError, name_some
 from .facts import Facts, describe
 from .names import BOTTOM_UP, COUNTER, unpack
 
-__all__ = ["check_structure", "name_some"]
+__all__ = ["check_structure"]
 
 
 def check_structure(
@@ -99,9 +99,3 @@ def _expected_shapes(
         for name, value in unpack(weights).items()
         if is_detector or name.startswith(f"{BOTTOM_UP}.")
     }
-
-
-def name_some(names: Sequence[str], number: int = 10) -> str:
-    """The first names of a list, for a message."""
-    rest = len(names) - number
-    return ", ".join(names[:number]) + (f" and {rest} more" if rest > 0 else "")

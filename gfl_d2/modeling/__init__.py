@@ -3,10 +3,10 @@ from .backbone import build_gfl_res2net_fpn_backbone, build_gfl_resnet_fpn_backb
 from .box_distribution import aligned_iou, bbox_to_distance, distance_to_bbox, integral
 from .box_representation import BoxRepresentation, DiracDelta, Gaussian, GeneralDistribution
 from .criterion import GFLCriterion, Predictions, Targets
-from .fused_qfl import Positives, quality_focal_loss_sum
+from .fused_qfl import quality_focal_loss_sum
 from .gfl import GFL
 from .head import GFLHead
-from .locations import LevelGrid, Locations
+from .locations import LevelGrid, Locations, Positives
 from .losses import (
     distribution_focal_loss,
     gaussian_kl_loss,

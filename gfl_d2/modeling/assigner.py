@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .box_distribution import aligned_iou
+from .box_distribution import aligned_iou, bbox_to_distance
 from .locations import LevelGrid, Locations, needs_fixed_shapes, to_device
 
 __all__ = ["ATSSAssigner", "Assignment", "DynamicATSSAssigner", "build_assigner"]
@@ -110,15 +110,16 @@ class ATSSAssigner:
                 image, shape (M, 1), and number, shape (M, K). Not needed here.
         """
         gt = torch.cat(gt_boxes)
-        image = to_device([i for i, boxes in enumerate(gt_boxes) for _ in boxes], gt.device)
+        image = to_device(
+            [i for i, boxes in enumerate(gt_boxes) for _ in range(len(boxes))], gt.device
+        )
         levels = self._candidates(locations, gt, image)
         location, centers, sizes, is_candidate = (torch.cat(parts, dim=1) for parts in zip(*levels))
         anchors = torch.cat((centers - sizes / 2, centers + sizes / 2), dim=-1)
         ious = self._ious(anchors, gt[:, None], image[:, None], location, predict)
         iou, threshold = sum(ious), sum(_threshold(x, is_candidate) for x in ious)
 
-        sides = torch.cat((centers - gt[:, None, :2], gt[:, None, 2:] - centers), dim=-1)
-        is_inside = sides.amin(dim=-1) > _MIN_CENTER_DISTANCE
+        is_inside = bbox_to_distance(centers, gt[:, None]).amin(dim=-1) > _MIN_CENTER_DISTANCE
         is_positive = is_candidate & is_inside & (iou >= threshold)
         num_locations = locations.starts[-1]
         is_best = _is_best(
@@ -148,7 +149,7 @@ class ATSSAssigner:
         limits = to_device([[size[::-1] for size in x] for x in locations.valid_sizes], gt.device)
         parts = []
         for level, (grid, (height, width)) in enumerate(zip(locations.grids, locations.sizes)):
-            offsets = _offsets(self.topk, height, width, gt.device)
+            offsets = _offsets(self.topk, min(self.topk, height), min(self.topk, width), gt.device)
             cells, is_candidate = _nearest(
                 grid, gt_centers, limits[image, level], offsets, self.topk
             )
@@ -205,15 +206,16 @@ def build_assigner(cfg: CfgNode) -> ATSSAssigner:
 def _offsets(topk: int, height: int, width: int, device: torch.device) -> Tensor:
     """
     Steps (x, y) from the cell nearest to a point, within which its ``topk`` nearest cells lie, on
-    whatever part of a grid of this size: shape (O, 2), in the order of the grid.
+    whatever part of a grid of no more than this size: shape (O, 2), in the order of the grid.
 
-    All cells of the rectangle between the nearest cell and another are nearer than the other. So
-    that one, to be among the topk nearest, spans a rectangle of at most topk cells.
+    All cells of the rectangle between the nearest cell and another are nearer than the other, or
+    as near and earlier. So that one, to be among the topk nearest, spans a rectangle of at most
+    topk cells.
     """
     steps = [
         (x, y)
-        for y in range(1 - min(topk, height), min(topk, height))
-        for x in range(1 - min(topk, width), min(topk, width))
+        for y in range(1 - height, height)
+        for x in range(1 - width, width)
         if (abs(x) + 1) * (abs(y) + 1) <= topk
     ]
     return to_device(steps, device).double()

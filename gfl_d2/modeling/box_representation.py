@@ -121,7 +121,7 @@ class Gaussian(DiracDelta):
     the variance (in strides squared), trained with the KL loss of He et al., CVPR 2019.
     """
 
-    nll_weight: float = 0.25
+    kl_weight: float = 0.25
 
     num_values: ClassVar[int] = 2
 
@@ -132,7 +132,7 @@ class Gaussian(DiracDelta):
         log_variance = full_precision(predictions).unflatten(-1, (4, 2))[..., 1]
         log_variance = log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
         loss = gaussian_kl_loss(self.decode(predictions), log_variance, target)
-        return {"loss_nll": self.nll_weight * loss.mean(dim=1)}
+        return {"loss_kl": self.kl_weight * loss.mean(dim=1)}
 
 
 def build_box_representation(cfg: CfgNode) -> BoxRepresentation:
@@ -142,6 +142,6 @@ def build_box_representation(cfg: CfgNode) -> BoxRepresentation:
     build = {
         "general": lambda: GeneralDistribution(gfl.REG_MAX, gfl.BIN_WIDTH, gfl.LOSS_DFL_WEIGHT),
         "dirac": lambda: DiracDelta(prior),
-        "gaussian": lambda: Gaussian(prior, gfl.LOSS_NLL_WEIGHT),
+        "gaussian": lambda: Gaussian(prior, gfl.LOSS_KL_WEIGHT),
     }
     return build[gfl.BOX_REPRESENTATION]()

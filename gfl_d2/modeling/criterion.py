@@ -12,8 +12,7 @@ from .assigner import Assignment
 from .box_distribution import aligned_iou, bbox_to_distance, distance_to_bbox
 from .box_representation import BoxRepresentation, GeneralDistribution
 from .distributed import all_reduce_mean
-from .fused_qfl import Positives
-from .locations import Locations, valid_mask
+from .locations import Locations, Positives, valid_mask
 from .losses import giou_loss
 from .quality import JointQuality, Quality
 

@@ -171,10 +171,10 @@ class GFL(DenseDetector):
         return losses
 
     def _locations(self, features: list[Tensor], image_sizes: list[tuple[int, int]]) -> Locations:
+        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        divisibility = self.backbone.size_divisibility
         return Locations(
-            self.grids,
-            [tuple(feature.shape[-2:]) for feature in features],
-            valid_sizes(image_sizes, self.grids, self.backbone.size_divisibility),
+            self.grids, sizes, valid_sizes(image_sizes, self.grids, sizes, divisibility)
         )
 
     @torch.no_grad()
@@ -198,7 +198,10 @@ class GFL(DenseDetector):
         return distance_to_bbox(centers, distances * strides)
 
     def _log(self, diagnostics: dict[str, Tensor]) -> None:
-        """Put scalars into the event storage; those of a GPU once they are there."""
+        """
+        Put scalars into the event storage. Those of a GPU come one iteration late: it is not waited
+        for.
+        """
         values = torch.stack(list(diagnostics.values()))
         if values.is_cuda:
             values, self._pending = self._pending, _Pending(values)
@@ -224,9 +227,8 @@ class GFL(DenseDetector):
             ``pred_classes``, by descending score.
         """
         predictions = Predictions(*predictions)
-        logits = predictions.logits
-        if predictions.quality is not None:
-            logits = map(self.head.quality.score_logits, logits, predictions.quality)
+        quality = predictions.quality or [None] * len(predictions.logits)
+        logits = map(self.head.quality.score_logits, predictions.logits, quality)
         # Locations in the padding are dropped with their boxes, when these are clipped.
         levels = [
             (grid, maps.shape[-1], _flatten(maps), _flatten(boxes))
@@ -295,7 +297,11 @@ class _Pending:
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._values.copy_(values, non_blocking=True)
         self._done = torch.cuda.Event()
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(values.device))
+
+    def __reduce__(self):
+        # Not to be copied or saved with the model.
+        return type(None), ()
 
     def get(self) -> Tensor | None:
         """The values, or None if they have not arrived."""

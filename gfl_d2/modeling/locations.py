@@ -73,6 +73,24 @@ class Locations(NamedTuple):
         return torch.cat(levels)
 
 
+class Positives(NamedTuple):
+    """
+    Locations of a level that answer for a ground-truth box. On a GPU other candidates are among
+    them, so that no shape depends on a value: they count for nothing.
+
+    Shapes: P locations.
+    """
+
+    image: Tensor  # (P,), int64
+    row: Tensor  # (P,), int64
+    column: Tensor  # (P,), int64
+    is_real: Tensor  # (P,), bool
+
+    def take(self, maps: Tensor) -> Tensor:
+        """Values at the locations: from (N, C, H, W) to (P, C)."""
+        return maps.permute(0, 2, 3, 1)[self.image, self.row, self.column]
+
+
 def build_grids(cfg: CfgNode, strides: Sequence[int]) -> list[LevelGrid]:
     """
     Args:
@@ -91,21 +109,34 @@ def build_grids(cfg: CfgNode, strides: Sequence[int]) -> list[LevelGrid]:
 
 
 def valid_sizes(
-    image_sizes: Sequence[tuple[int, int]], grids: Sequence[LevelGrid], divisibility: int
+    image_sizes: Sequence[tuple[int, int]],
+    grids: Sequence[LevelGrid],
+    sizes: Sequence[tuple[int, int]],
+    divisibility: int,
 ) -> list[list[tuple[int, int]]]:
     """
     The part of each level that belongs to an image, rather than to what pads it to the size of the
     batch. Padding up to a multiple of ``divisibility`` counts as the image's own, as it is there
     whatever the batch.
 
+    Args:
+        image_sizes: N times (height, width), in pixels.
+        grids: of the L levels.
+        sizes: L times (height, width), of the maps.
+        divisibility: of the backbone's input; 0 for any.
+
     Returns:
         list[list[tuple[int, int]]]: N * L, (height, width).
     """
     multiple = max(divisibility, 1)
     padded = [tuple(math.ceil(side / multiple) * multiple for side in size) for size in image_sizes]
+    # A map may have a row or column less, where the backbone rounds down.
     return [
-        [(math.ceil(height / grid.stride), math.ceil(width / grid.stride)) for grid in grids]
-        for height, width in padded
+        [
+            tuple(min(math.ceil(x / grid.stride), y) for x, y in zip(image, size))
+            for grid, size in zip(grids, sizes)
+        ]
+        for image in padded
     ]
 
 

@@ -13,7 +13,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..precision import full_precision
-from .fused_qfl import NO_LOSS, quality_focal_loss_sum
+from .fused_qfl import NO_LOSS_LOGIT, quality_focal_loss_sum
 
 if TYPE_CHECKING:
     from .box_representation import BoxRepresentation
@@ -100,9 +100,9 @@ class Quality(ABC):
             quality: shape (N, 1, ...), quality logits, if there is a predictor.
 
         Returns:
-            Tensor: shape (N, C, ...).
+            Tensor: shape (N, C, ...), of the class scores, times the quality if it is predicted.
         """
-        return logits
+        return logits if quality is None else joint_logits(logits, quality)
 
     @abstractmethod
     def losses(
@@ -161,9 +161,6 @@ class DistributionGuidedQuality(JointQuality):
     def build_predictor(self, channels, box):
         return DistributionGuidedQualityPredictor(box.num_values, self.topk, self.channels)
 
-    def score_logits(self, logits, quality):
-        return joint_logits(logits, quality)
-
     def losses(self, predictions, targets):
         # An infinite logit in the padding would make the gradient of the product NaN there.
         logits, quality = (
@@ -202,7 +199,7 @@ class DistributionGuidedQualityPredictor(nn.Sequential):
         Returns:
             Tensor: shape (N, 1, H, W), logits of the quality.
         """
-        return super().forward(self.statistics(distributions))
+        return super().forward(self.statistics(distributions).to(self[0].weight))
 
     def statistics(self, distributions: Tensor) -> Tensor:
         """Shape (N, 4 * (topk + 1), H, W): of each side the largest, descending, and their mean."""
@@ -228,7 +225,7 @@ class NoQuality(Quality):
     def _background_loss(self, logits: list[Tensor], targets: Targets) -> Tensor:
         """Sum over all valid locations but the positives."""
         total = sum(
-            self._focal_loss(maps).sum() for maps in targets.without_padding(logits, NO_LOSS)
+            self._focal_loss(maps).sum() for maps in targets.without_padding(logits, NO_LOSS_LOGIT)
         )
         return total - targets.mask(self._focal_loss(targets.take(logits)).sum(dim=1)).sum()
 
@@ -247,8 +244,8 @@ class NoQuality(Quality):
 class QualityBranch(NoQuality):
     """
     A branch beside the box predictor, trained on the positives alone to predict their centerness
-    or IoU, which multiplies the class score at inference and weighs the box losses (FCOS, ATSS;
-    Jiang et al., ECCV 2018).
+    or IoU, which multiplies the class score at inference. What it is to predict weighs the box
+    losses (FCOS, ATSS; Jiang et al., ECCV 2018).
     """
 
     name: str = "centerness"  # of the loss
@@ -257,9 +254,6 @@ class QualityBranch(NoQuality):
 
     def build_predictor(self, channels, box):
         return _BranchPredictor(channels, 1, kernel_size=3, padding=1)
-
-    def score_logits(self, logits, quality):
-        return joint_logits(logits, quality)
 
     def losses(self, predictions, targets):
         losses, _ = super().losses(predictions, targets)

@@ -1,0 +1,135 @@
+"""Models made faster for inference."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from torch.testing import assert_close
+
+from gfl_d2 import load_config
+from gfl_d2.errors import InputError
+from gfl_d2.inference import Predictor, fuse_norms, prepare_for_inference
+from gfl_d2.precision import has_fast_bfloat16
+from scripts import ROOT
+
+CONFIGS = {
+    "gfl_R_50_FPN_1x": (),
+    "gfl_R_101_DCN_FPN_ms_2x": ("MODEL.RESNETS.DEPTH", 50),
+    "gfl_v2_R2_101_DCN_FPN_ms_2x": ("MODEL.RESNETS.DEPTH", 50),
+    "gfl_R_18_FPN_bccd": (),
+    "retinanet_R_18_FPN_bccd": (),
+}
+
+
+def load(name, *opts):
+    small = ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", 64)
+    if "retinanet" not in name:
+        small += ("MODEL.GFL.CONV_DIM", 64, "MODEL.GFL.NUM_CONVS", 1)
+        small += ("MODEL.GFL.SCORE_THRESH_TEST", 0.001)
+    return load_config(str(ROOT / "configs" / f"{name}.yaml"), [*small, *CONFIGS[name], *opts])
+
+
+def build(cfg):
+    """With statistics of norms as of a trained model."""
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.1)
+    return model
+
+
+def outputs(model, size=(96, 128)):
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.backbone(images)
+        return model.head([features[name] for name in model.head_in_features])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_norms_change_nothing(name):
+    model = build(load(name)).double()
+    fused = copy.deepcopy(model)
+    fuse_norms(fused)
+    kinds = [type(module).__name__ for module in fused.modules()]
+    assert not any("BatchNorm" in kind for kind in kinds)
+    images = torch.rand(1, 3, 96, 128, dtype=torch.float64)
+    with torch.no_grad():
+        for key, expected in model.backbone(images).items():
+            actual = fused.backbone(images)[key]
+            # Deformable convolutions compute in float32 at best where they are frozen in it.
+            assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_norms_in_training_are_left_alone():
+    model = build(load("gfl_R_18_FPN_bccd")).train()
+    before = sum("BatchNorm" in type(module).__name__ for module in model.modules())
+    fuse_norms(model)
+    assert sum("BatchNorm" in type(module).__name__ for module in model.modules()) == before > 0
+
+
+def test_group_norms_stay():
+    model = build(load("gfl_R_50_FPN_1x"))
+    fuse_norms(model)
+    assert isinstance(model.head.cls_subnet[0].norm, torch.nn.GroupNorm)
+
+
+def test_options():
+    cfg = load("gfl_R_50_FPN_1x", "TEST.FUSE_NORM", False)
+    model = prepare_for_inference(cfg, build(cfg))
+    assert model.backbone.bottom_up.stem.conv1.norm is not None
+    with pytest.raises(InputError, match=r"TEST\.PRECISION"):
+        load("gfl_R_50_FPN_1x", "TEST.PRECISION", "int8")
+    with pytest.raises(InputError, match=r"TEST\.PRECISION"):
+        load("gfl_R_50_FPN_1x", "TEST.PRECISION", "float16")  # no GPU
+
+
+@pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="a processor without bfloat16")
+@pytest.mark.parametrize("name", ["gfl_R_50_FPN_1x", "gfl_v2_R2_101_DCN_FPN_ms_2x"])
+def test_bfloat16_is_close(name):
+    cfg = load(name)
+    expected = outputs(prepare_for_inference(cfg, build(cfg)))
+    cfg = load(name, "TEST.PRECISION", "bfloat16")
+    model = prepare_for_inference(cfg, build(cfg))
+    for maps, expected_maps in zip(outputs(model), expected):
+        for actual, x in zip(maps, expected_maps):
+            assert actual.dtype == torch.bfloat16 or x.shape[1] == 1
+            error = (actual.float() - x).norm() / x.norm()
+            assert error < 0.05
+    with torch.no_grad():
+        (detections,) = model([{"image": torch.rand(3, 96, 128) * 255}])
+    assert detections["instances"].scores.dtype == torch.float32
+    assert len(detections["instances"]) > 0
+
+
+def test_compiled_parts_are_used(monkeypatch):
+    """Compilation itself is PyTorch's; here it does as little as it can."""
+    cfg = load("gfl_R_18_FPN_bccd", "TEST.COMPILE", True)
+    model = build(cfg)
+    expected = model([{"image": torch.ones(3, 64, 96)}])[0]["instances"].scores
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    prepare_for_inference(cfg, model)
+    assert compiled == [model.backbone, model.head]
+    scores = model([{"image": torch.ones(3, 64, 96)}])[0]["instances"].scores
+    assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_predictor_detects_as_detectron2s():
+    cfg = load("gfl_R_50_FPN_1x", "INPUT.MIN_SIZE_TEST", 64)
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    torch.manual_seed(0)
+    expected = DefaultPredictor(cfg)(image)["instances"]
+    torch.manual_seed(0)
+    detections = Predictor(cfg)(image)["instances"]
+    assert len(detections) == len(expected) > 0
+    assert_close(detections.scores, expected.scores, rtol=1e-4, atol=1e-6)
