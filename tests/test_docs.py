@@ -55,6 +55,7 @@ def test_files_that_documents_name_exist(document):
     for path in re.findall(r"(?:configs|tools|demo)/[\w/.*]+\.(?:yaml|py)|train_net\.py", commands):
         assert list(ROOT.glob(path)), path
     text = (ROOT / document).read_text(encoding="utf-8")
+    assert "@@" not in text  # what was to be filled in
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / document).parent.joinpath(path).exists(), path
 

@@ -155,7 +155,7 @@ class ATSSAssigner:
             )
             columns, rows = cells.unbind(dim=-1)
             location = rows.long() * width + columns.long() + locations.starts[level]
-            centers = (cells * grid.stride + grid.first).to(gt)
+            centers = grid.centers(cells).to(gt)
             sizes = torch.full_like(centers[..., :1], grid.anchor_size)
             # Where there is no candidate, any location will do.
             location = torch.where(is_candidate, location, locations.starts[level])
@@ -243,7 +243,7 @@ def _nearest(
     cells = nearest[:, None] + offsets  # (M, O, 2)
     is_outside = ((cells < 0) | (cells >= limits[:, None])).any(dim=-1)
     # Exact in float64: ties are ties.
-    distance = (cells * grid.stride + grid.first - points[:, None]).square().sum(dim=-1)
+    distance = (grid.centers(cells) - points[:, None]).square().sum(dim=-1)
     distance.masked_fill_(is_outside, float("inf"))
     distance, order = distance.sort(dim=1, stable=True)
     distance, order = distance[:, :topk], order[:, :topk]

@@ -172,10 +172,9 @@ class GFLCriterion:
             row, column = location.div(width, rounding_mode="floor"), location % width
             positives.append(Positives(assignment.image[box], row, column, is_real))
             boxes_index.append(box)
-            # In strides.
-            xy = torch.stack((column, row), dim=1).to(assignment.boxes) + grid.first / grid.stride
-            centers.append(xy)
-            strides.append(xy.new_full((len(xy), 1), grid.stride))
+            cells = torch.stack((column, row), dim=1).to(assignment.boxes)
+            centers.append(grid.centers(cells) / grid.stride)
+            strides.append(cells.new_full((len(cells), 1), grid.stride))
         index, centers = torch.cat(boxes_index), torch.cat(centers)
 
         pos_predictions = torch.cat([p.take(x) for p, x in zip(positives, predictions.boxes)])

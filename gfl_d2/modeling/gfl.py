@@ -284,7 +284,7 @@ class GFL(DenseDetector):
         index = index[order]
         location = index.div(self.num_classes, rounding_mode="floor")
         row = location.div(width, rounding_mode="floor")
-        centers = torch.stack((location - row * width, row), dim=1) * grid.stride + grid.first
+        centers = grid.centers(torch.stack((location - row * width, row), dim=1))
         distances = self.head.box.decode(boxes[location]) * grid.stride
         boxes = distance_to_bbox(centers, distances)
         return boxes, best.sigmoid(), index - location * self.num_classes

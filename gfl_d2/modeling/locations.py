@@ -31,6 +31,10 @@ class LevelGrid(NamedTuple):
     first: float
     anchor_size: float  # side of the square anchor of each location, in pixels
 
+    def centers(self, cells: Tensor) -> Tensor:
+        """From columns and rows, shape (..., 2), to x and y in pixels."""
+        return cells * self.stride + self.first
+
 
 class Locations(NamedTuple):
     """
@@ -64,12 +68,9 @@ class Locations(NamedTuple):
         """Shape (R, 2), x and y in pixels."""
         levels = []
         for (height, width), grid in zip(self.sizes, self.grids):
-            y, x = (
-                torch.arange(size, device=device, dtype=torch.float32) * grid.stride + grid.first
-                for size in (height, width)
-            )
-            xy = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
-            levels.append(xy.flatten(0, 1))
+            row, column = (torch.arange(size, device=device) for size in (height, width))
+            row, column = row[:, None].expand(height, width), column.expand(height, width)
+            levels.append(grid.centers(torch.stack((column, row), dim=-1).flatten(0, 1).float()))
         return torch.cat(levels)
 
 
