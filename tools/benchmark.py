@@ -40,11 +40,12 @@ from detectron2.utils.events import EventStorage
 from gfl_d2 import load_config
 from gfl_d2.engine import Trainer
 from gfl_d2.errors import InputError
+from gfl_d2.inference import prepare_for_inference
 from gfl_d2.modeling import GFL, aligned_iou
 
 ROOT = Path(__file__).resolve().parents[1]
 RETINANET = "model_zoo/configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Step = Callable[[], object]
 
@@ -52,10 +53,15 @@ Step = Callable[[], object]
 # Models.
 
 
-def build_gfl(config_file: str, device: str, num_classes: int) -> GFL:
-    """As ``train_net.py`` builds it."""
+def build_gfl(
+    config_file: str, device: str, num_classes: int, inference_precision: str | None = None
+) -> GFL:
+    """As ``train_net.py`` has it, to train or, in some precision, with ``--eval-only``."""
     opts = ["MODEL.DEVICE", device, "MODEL.GFL.NUM_CLASSES", num_classes]
-    return Trainer.build_model(load_config(config_file, opts))
+    if inference_precision is None:
+        return Trainer.build_model(load_config(config_file, opts))
+    cfg = load_config(config_file, [*opts, "TEST.PRECISION", PRECISIONS[inference_precision]])
+    return prepare_for_inference(cfg, Trainer.build_model(cfg))
 
 
 def build_retinanet(device: str, num_classes: int) -> DenseDetector:
@@ -90,12 +96,14 @@ def build_fcos(device: str, num_classes: int) -> DenseDetector:
 
 def build_models(args: argparse.Namespace) -> dict[str, DenseDetector]:
     options = {"device": args.device, "num_classes": args.classes}
-    models = {"GFL": build_gfl(args.config_file, **options)}
+    precision = args.precision if args.mode in ("infer", "post") else None
+    models = {"GFL": build_gfl(args.config_file, **options, inference_precision=precision)}
     if args.mode != "assign":
         models["RetinaNet"] = build_retinanet(**options)
         models["FCOS"] = build_fcos(**options)
     for config_file in args.others:
-        models[Path(config_file).stem] = build_gfl(config_file, **options)
+        name = Path(config_file).stem
+        models[name] = build_gfl(config_file, **options, inference_precision=precision)
     return {name: model for name, model in models.items() if name not in args.skip}
 
 
@@ -330,7 +338,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--boxes", type=int, default=20, help="ground-truth boxes an image")
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--candidates", type=int, default=1000, help="pairs above the threshold")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file to write the results to")
@@ -342,7 +350,11 @@ def main() -> None:
     torch.manual_seed(0)
     device_type = torch.device(args.device).type
     is_low = args.precision != "fp32"
-    autocast = torch.autocast(device_type, DTYPES[args.precision]) if is_low else nullcontext()
+    autocast = (
+        torch.autocast(device_type, getattr(torch, PRECISIONS[args.precision]))
+        if is_low
+        else nullcontext()
+    )
     inputs = make_inputs(args)
     try:
         models = build_models(args)
