@@ -1,0 +1,229 @@
+"""Conversion of weights: backbones, and the configs that weights fit."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from gfl_d2 import load_config
+from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.conversion import (
+    Checkpoint,
+    check_config,
+    describe,
+    find_configs,
+    find_differences,
+    from_mmdet,
+    suggest_command,
+    to_mmdet,
+    write_checkpoint,
+)
+from mmdet_weights import (
+    CONFIGS,
+    assert_same,
+    checkpoint,
+    detector,
+    legacy_detector,
+    narrow_config,
+    refusal,
+    res2net,
+    resnet,
+    run_tool,
+    small_model,
+)
+
+# Backbones.
+
+
+def test_resnext_of_torchvision_computes_the_same(tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4
+    ).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    result = from_mmdet(checkpoint(theirs.state_dict()))
+    assert "the ImageNet classifier: fc.weight, fc.bias." in " ".join(result.notes)
+    assert describe(result.facts) == "ResNeXt-50 32x4d; no detector"
+    write_checkpoint(result.content, tmp_path / "X-50.pth")
+
+    opts = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4]
+    ours = build_model(narrow_config("gfl_R_50_FPN_1x.yaml", *opts)).eval()
+    GFLCheckpointer(ours).load(str(tmp_path / "X-50.pth"))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        x = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
+        torch.testing.assert_close(ours.backbone.bottom_up(image)["res5"], x, rtol=1e-4, atol=1e-4)
+
+
+def bare(weights):
+    return {name.replace("backbone.", "", 1): value for name, value in weights.items()}
+
+
+def timm_res2net(weights):
+    """The names of timm."""
+    stem = {"stem.0": "conv1.0", "stem.1": "conv1.1", "stem.3": "conv1.3", "stem.4": "conv1.4",
+            "stem.6": "conv1.6", "stem.7": "bn1"}  # fmt: skip
+    renamed = {}
+    for name, value in bare(weights).items():
+        start = ".".join(name.split(".")[:2])
+        renamed[name.replace(start, stem[start]) if start in stem else name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("make", [resnet, res2net])
+def test_names_of_backbones(make):
+    torch.manual_seed(0)
+    weights = make()  # of MMPretrain
+    fc = {"fc.weight": torch.zeros(10, 256), "fc.bias": torch.zeros(10)}
+    head = {f"head.{name}": value for name, value in fc.items()}
+    expected = from_mmdet(checkpoint({**weights, **head})).content["model"]
+    assert all(name.startswith("backbone.bottom_up.") for name in expected)
+    theirs = bare(weights) if make is resnet else timm_res2net(weights)
+    assert_same(from_mmdet(checkpoint({**theirs, **fc})).content["model"], expected)
+
+
+def test_backbone_starts_training_of_a_detector(tmp_path):
+    torch.manual_seed(0)
+    result = from_mmdet(checkpoint(bare(resnet())))
+    write_checkpoint(result.content, tmp_path / "R-50.pth")
+    # Deformable convolutions, of which ImageNet weights know nothing, are no contradiction.
+    deform = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, True, True]]
+    cfg, model = small_model(*deform)
+    assert check_config(result.facts, cfg, "config.yaml") == []
+    GFLCheckpointer(model).load(str(tmp_path / "R-50.pth"))
+    loaded = model.state_dict()
+    for name, value in result.content["model"].items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_resnext_101_needs_its_config():
+    with torch.device("meta"):
+        theirs = torchvision.models.ResNet(
+            torchvision.models.resnet.Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4
+        )
+    facts = from_mmdet(checkpoint(theirs.state_dict())).facts
+    names = {Path(file).name for file, changes in find_configs(facts, CONFIGS.glob("*.yaml"))
+             if not changes}  # fmt: skip
+    assert {"gfl_X_101_32x4d_FPN_ms_2x.yaml", "gfl_X_101_32x4d_DCN_FPN_ms_2x.yaml"} <= names
+    assert all("X_101_32x4d" in name for name in names)
+    command = suggest_command(facts, "c.yaml", [], "X-101-32x4d.pth")
+    assert command == "python train_net.py --config-file c.yaml MODEL.WEIGHTS X-101-32x4d.pth"
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "deep stem"])
+def test_backbones_in_part_are_refused(change):
+    weights = bare(resnet())
+    if change == "missing":
+        del weights["layer3.1.conv2.weight"]
+        assert "Not in the file (1): layer3.1.conv2.weight" in refusal(
+            from_mmdet, checkpoint(weights)
+        )
+    elif change == "extra":
+        weights["layer3.1.se.fc1.weight"] = torch.zeros(1)
+        message = refusal(from_mmdet, checkpoint(weights))
+        assert "Not in the model (1): layer3.1.se.fc1.weight" in message
+    else:
+        weights["conv1.0.weight"] = weights.pop("conv1.weight")
+        message = refusal(from_mmdet, checkpoint(weights))
+        assert "Not in the file (1): conv1.weight" in message
+        assert "Not in the model (1): conv1.0.weight" in message
+
+
+# Configs.
+
+
+def shipped_configs():
+    names = sorted(path.name for path in CONFIGS.glob("gfl_*.yaml"))
+    assert names
+    return names
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_weights_of_a_shipped_config_find_it(name):
+    cfg = load_config(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"]).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        weights = build_model(cfg).state_dict()
+    facts = to_mmdet(Checkpoint("here.pth", weights)).facts
+    fitting = find_configs(facts, CONFIGS.glob("*.yaml"))
+    assert all(not changes for _, changes in fitting)
+    assert name in [Path(file).name for file, _ in fitting]
+    assert find_differences(facts, cfg) == []
+
+
+def test_config_that_does_not_fit_is_refused(tmp_path):
+    torch.save(detector(), tmp_path / "in.pth")
+    config = CONFIGS / "gfl_v2_R_50_FPN_1x.yaml"
+    message = run_tool(tmp_path / "in.pth", tmp_path / "out.pth", "--config-file", config)
+    assert message.startswith(f"Error: Config file '{config}' does not fit the weights")
+    assert "MODEL.RESNETS.STEM_OUT_CHANNELS is 64, not 8" in message
+    assert "MODEL.GFL.QUALITY is 'dgqp', not 'joint'" in message
+    assert "MODEL.RESNETS.DEPTH" not in message
+    assert [file.name for file in tmp_path.iterdir()] == ["in.pth"]
+
+
+def test_options_change_the_config(tmp_path, capsys):
+    torch.save(legacy_detector(), tmp_path / "in.pth")
+    opts = [
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+        *("MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "64"),
+        *("MODEL.GFL.CONV_DIM", "64", "MODEL.GFL.NUM_CONVS", "2", "MODEL.GFL.NUM_CLASSES", "5"),
+        *("MODEL.RESNETS.DEPTH", "50"),
+    ]
+    config = CONFIGS / "gfl_R_101_DCN_FPN_ms_2x.yaml"
+    args = (tmp_path / "in.pth", tmp_path / "out.pth", "--config-file", config, "--", *opts)
+    assert run_tool(*args) is None
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    # Old anchor centres are no reason to refuse: no config has them.
+    assert command[-2:] == ["MODEL.GFL.LEGACY_ANCHOR_CENTERS", "True"]
+    cfg = load_config(command[3], [*command[5:], "MODEL.DEVICE", "cpu"])
+    GFLCheckpointer(build_model(cfg), complete=True).load(cfg.MODEL.WEIGHTS)
+    assert "options change a config" in run_tool(*args[:2], *opts)
+
+
+def test_checkpointers_load_all_without_a_word(tmp_path, caplog):
+    result = from_mmdet(checkpoint(detector(classes=3, num_convs=1)))
+    write_checkpoint(result.content, tmp_path / "weights.pth")
+    for norm, freeze_at in (("FrozenBN", 2), ("BN", 0)):
+        for checkpointer in (DetectionCheckpointer, GFLCheckpointer):
+            opts = ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", freeze_at]
+            _, model = small_model(*opts, "MODEL.FPN.OUT_CHANNELS", 64)
+            if checkpointer is GFLCheckpointer:
+                checkpointer = lambda model: GFLCheckpointer(model, complete=True)  # noqa: E731
+            checkpointer(model).load(str(tmp_path / "weights.pth"))
+            for name, value in result.content["model"].items():
+                assert torch.equal(model.state_dict()[name], value), name
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [(resnet, "gfl_R_101_DCN_FPN_ms_2x.yaml"), (res2net, "gfl_v2_R2_101_DCN_FPN_ms_2x.yaml")],
+)
+def test_deformable_detectors_start_from_imagenet(tmp_path, make, config):
+    """Their offsets, which ImageNet weights lack, start at 0; all else is loaded."""
+    torch.manual_seed(0)
+    weights = make(blocks=(3, 4, 23, 3), planes=16)
+    write_checkpoint(from_mmdet(checkpoint(weights)).content, tmp_path / "weights.pth")
+    opts = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    if make is resnet:
+        opts += ["MODEL.RESNETS.WIDTH_PER_GROUP", 16]
+    model = build_model(narrow_config(config, *opts))
+    GFLCheckpointer(model).load(str(tmp_path / "weights.pth"))
+    loaded = model.backbone.bottom_up.state_dict()
+    offsets = [name for name in loaded if "offset" in name]
+    assert offsets
+    assert all((loaded[name] == 0).all() for name in offsets)
+    for name, value in from_mmdet(checkpoint(weights)).content["model"].items():
+        assert torch.equal(loaded[name[len("backbone.bottom_up.") :]], value), name
