@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from detectron2.structures import Boxes
 
-from gfl_d2.modeling import aligned_iou
+from gfl_d2.modeling import Assignment, aligned_iou
 
 
 @torch.no_grad()
@@ -53,3 +53,12 @@ def plain_atss(
             if inside and iou >= threshold and iou > best_iou[i]:
                 best_iou[i], assigned[i] = iou, m
     return assigned
+
+
+def dense(assignment: Assignment, num_images: int, num_locations: int) -> torch.Tensor:
+    """Shape (N, R): the number of the box of each location, counted over all images, or -1."""
+    matched = torch.full((num_images, num_locations), -1)
+    number, candidate = assignment.is_positive.nonzero(as_tuple=True)
+    location = assignment.location[number, candidate]
+    matched[assignment.image[number], location] = number
+    return matched

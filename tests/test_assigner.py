@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from gfl_d2.modeling import ATSSAssigner, DynamicATSSAssigner, LevelGrid, Locations
-from plain_assigner import plain_atss
+from plain_assigner import dense, plain_atss
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -47,7 +47,7 @@ def valid_anchors(locations: Locations) -> torch.Tensor:
 def assign(locations, gt, assigner=None, predict=None):
     """Of one image: shape (R,), the number of the box of each anchor, or -1."""
     assignment = (assigner or ATSSAssigner())(locations, [gt.tensor], predict)
-    (matched,) = assignment.matched(1, locations.starts[-1])
+    (matched,) = dense(assignment, 1, locations.starts[-1])
     return matched
 
 
@@ -130,7 +130,8 @@ def test_images_of_a_batch_do_not_mix():
     alone = [make_locations(160, 224, valid=size) for size in sizes]
     gt = [random_gt(count, *size, seed=count) for count, size in zip((7, 0, 3), sizes)]
     batch = alone[0]._replace(valid_sizes=[x.valid_sizes[0] for x in alone])
-    matched = ATSSAssigner()(batch, [boxes.tensor for boxes in gt]).matched(3, batch.starts[-1])
+    assignment = ATSSAssigner()(batch, [boxes.tensor for boxes in gt])
+    matched = dense(assignment, 3, batch.starts[-1])
     first = 0
     for locations, boxes, together in zip(alone, gt, matched):
         expected = assign(locations, boxes)

@@ -66,7 +66,6 @@ def test_fused_norms_change_nothing(name):
     with torch.no_grad():
         for key, expected in model.backbone(images).items():
             actual = fused.backbone(images)[key]
-            # Deformable convolutions compute in float32 at best where they are frozen in it.
             assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 

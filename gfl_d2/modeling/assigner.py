@@ -52,16 +52,6 @@ class Assignment(NamedTuple):
             return box.flatten(), location.flatten(), is_positive.flatten()
         return box[is_positive], location[is_positive], is_positive[is_positive]
 
-    def matched(self, num_images: int, num_locations: int) -> Tensor:
-        """Shape (N, R), int64: the number in [0, M) of the box of each location, or -1."""
-        matched = self.location.new_full((num_images * num_locations + 1,), -1)
-        number = torch.arange(len(self.boxes), device=matched.device)[:, None]
-        place = self.image[:, None] * num_locations + self.location
-        # What is not positive goes to one place more.
-        place = torch.where(self.is_positive, place, num_images * num_locations)
-        matched.scatter_(0, place.flatten(), number.expand_as(place).flatten())
-        return matched[:-1].view(num_images, num_locations)
-
 
 class ATSSAssigner:
     """

@@ -12,7 +12,7 @@ from .assigner import Assignment
 from .box_distribution import aligned_iou, bbox_to_distance, distance_to_bbox
 from .box_representation import BoxRepresentation, GeneralDistribution
 from .distributed import all_reduce_mean
-from .locations import Locations, Positives, valid_mask
+from .locations import Locations, Positives, fill_padding
 from .losses import giou_loss
 from .quality import JointQuality, Quality
 
@@ -55,13 +55,7 @@ class Targets(NamedTuple):
 
     def without_padding(self, levels: Sequence[Tensor], value: float) -> list[Tensor]:
         """Maps of shape (N, X, Hi, Wi) with ``value`` in the padding, and no gradient there."""
-        result = []
-        for maps, sizes in zip(levels, self.valid_sizes):
-            if any(tuple(size) != maps.shape[2:] for size in sizes):
-                valid = valid_mask(sizes, *maps.shape[2:], maps.device)[:, None]
-                maps = torch.where(valid, maps, value)
-            result.append(maps)
-        return result
+        return [fill_padding(*level, value) for level in zip(levels, self.valid_sizes)]
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values of the positives, shape (P, ...), level by level."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..precision import full_precision
-from .locations import Positives, needs_fixed_shapes, valid_mask
+from .locations import Positives, fill_padding, needs_fixed_shapes
 from .losses import quality_focal_loss
 
 __all__ = ["NO_LOSS_LOGIT", "quality_focal_loss_sum"]
@@ -95,10 +95,7 @@ def _regions(
     num_images, num_classes, height, width = logits.shape
     sizes = [(height, width)] * num_images if valid_sizes is None else valid_sizes
     if needs_fixed_shapes(logits):
-        if any(tuple(size) != (height, width) for size in sizes):
-            valid = valid_mask(sizes, height, width, logits.device)[:, None]
-            logits = torch.where(valid, logits, NO_LOSS_LOGIT)
-        yield logits, grad
+        yield fill_padding(logits, sizes, NO_LOSS_LOGIT), grad
         return
     for i, (height, width) in enumerate(sizes):
         x, grad_x = logits[i, :, :height, :width], grad[i, :, :height, :width]

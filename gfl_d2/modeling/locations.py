@@ -13,7 +13,9 @@ from torch import Tensor
 __all__ = [
     "LevelGrid",
     "Locations",
+    "Positives",
     "build_grids",
+    "fill_padding",
     "needs_fixed_shapes",
     "to_device",
     "valid_mask",
@@ -156,6 +158,22 @@ def valid_mask(
     rows = torch.arange(height, device=device) < limits[:, :1]
     columns = torch.arange(width, device=device) < limits[:, 1:]
     return rows[:, :, None] & columns[:, None, :]
+
+
+def fill_padding(maps: Tensor, sizes: Sequence[tuple[int, int]], value: float) -> Tensor:
+    """
+    Args:
+        maps: shape (N, X, H, W).
+        sizes: N times (height, width), what is valid of them.
+        value: for the rest, where there is then no gradient.
+
+    Returns:
+        Tensor: shape (N, X, H, W); ``maps`` itself if there is no padding.
+    """
+    height, width = maps.shape[2:]
+    if all(tuple(size) == (height, width) for size in sizes):
+        return maps
+    return torch.where(valid_mask(sizes, height, width, maps.device)[:, None], maps, value)
 
 
 def needs_fixed_shapes(x: Tensor) -> bool:
