@@ -16,7 +16,7 @@ from torch import nn
 
 from .checkpoint import GFLCheckpointer
 from .data import GFLDatasetMapper, load_training_dicts, loading
-from .precision import autocast_in_training, has_fast_bfloat16
+from .precision import autocast_in_training, compile_parts, has_fast_bfloat16
 from .solver import build_optimizer
 
 __all__ = ["BestCheckpointer", "Trainer"]
@@ -36,6 +36,8 @@ class Trainer(DefaultTrainer):
         self.checkpointer = GFLCheckpointer(
             self.checkpointer.model, cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
         )
+        if cfg.SOLVER.COMPILE:
+            compile_parts(self.checkpointer.model)
         num_frozen = sum(not p.requires_grad for p in self.model.parameters())
         if num_frozen and not cfg.MODEL.WEIGHTS:
             logger.warning(
@@ -47,8 +49,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
         device_type = torch.device(cfg.MODEL.DEVICE).type
-        if device_type == "cpu":
-            # Same results up to rounding, and convolutions on a CPU are faster.
+        if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.BF16 and has_fast_bfloat16(device_type):
             model = autocast_in_training(model, device_type, torch.bfloat16)

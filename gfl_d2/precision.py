@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-__all__ = ["autocast_in_training", "full_precision", "has_fast_bfloat16"]
+__all__ = ["autocast_in_training", "compile_parts", "full_precision", "has_fast_bfloat16"]
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -47,3 +47,15 @@ def autocast_in_training(model: nn.Module, device_type: str, dtype: torch.dtype)
 
     model.forward = autocast_forward
     return model
+
+
+def compile_parts(model: nn.Module) -> None:
+    """
+    Compile backbone and head, when they are first called. The rest works on few values.
+
+    Args:
+        model: a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector`. Changed in
+            place; its parameters and their names are not.
+    """
+    for part in (model.backbone, model.head):
+        part.compile()
