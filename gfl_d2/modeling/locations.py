@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -185,8 +186,21 @@ def needs_fixed_shapes(x: Tensor) -> bool:
 
 
 def to_device(values: Sequence, device: torch.device) -> Tensor:
-    """Integers as int64, on a GPU without waiting for it."""
-    values = torch.tensor(values, dtype=torch.int64)
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    """
+    Integers as int64, not to be changed; on a GPU without waiting for it. Those of late are kept,
+    so that a step that is captured in a CUDA graph, after others of the same sizes, copies nothing.
+    """
+    return _to_device(_as_tuple(values), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _to_device(values: tuple, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it will be used elsewhere, too
+        values = torch.tensor(values, dtype=torch.int64)
+        if device.type != "cuda":
+            return values.to(device)
+        return values.pin_memory().to(device, non_blocking=True)
+
+
+def _as_tuple(values: Sequence | int) -> tuple | int:
+    return values if isinstance(values, int) else tuple(map(_as_tuple, values))
