@@ -187,6 +187,25 @@ def assert_same_detections(a, b):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("thresh", [0.0, 0.05, 0.5, 0.9999])
+@pytest.mark.parametrize("topk", [20, 1000])
+def test_detections_with_fixed_shapes(monkeypatch, thresh, topk):
+    """Inference as on a GPU, where the best are kept before it is known what they are."""
+    results = []
+    for is_fixed in (False, True):
+        monkeypatch.setattr("gfl_d2.modeling.gfl.needs_fixed_shapes", lambda _, x=is_fixed: x)
+        model = make_model(
+            make_features(size=(256, 256)), test_score_thresh=thresh, test_topk_candidates=topk
+        )
+        results.append([x["instances"] for x in model.eval()(make_inputs([[], []]))])
+    for detections, fixed in zip(*results):
+        assert (len(detections) > 0) == (thresh < 0.9)
+        assert torch.equal(fixed.pred_classes, detections.pred_classes)
+        assert torch.equal(fixed.scores, detections.scores)
+        assert torch.equal(fixed.pred_boxes.tensor, detections.pred_boxes.tensor)
+
+
+@torch.no_grad()
 def test_nothing_above_the_threshold():
     model = make_model(make_features(), test_score_thresh=0.9999).eval()
     for output in model(make_inputs([[], []])):

@@ -253,24 +253,14 @@ def test_predictions_of_every_location():
             boxes.clip(size)
             assert_close(boxes.tensor, ref[f"box_l{i}"][b], rtol=1e-5, atol=1e-3)
 
-    for b, size in enumerate(sizes):
-        candidates = []
-        for i, number in enumerate(ref[f"raw/num_per_level_{b}"].tolist()):
-            decoded = model._decode_candidates(
-                model.grids[i],
-                logits[i].shape[-1],
-                flatten(logits[i])[b],
-                flatten(distributions[i])[b],
-            )
-            assert len(decoded[0]) == number
-            candidates.append(decoded)
-        boxes, scores, classes = (torch.cat(parts) for parts in zip(*candidates))
-        boxes = Boxes(boxes)
-        boxes.clip(size)
-        kept = boxes.nonempty()
-        assert_close(boxes.tensor[kept], ref[f"raw/boxes_{b}"], rtol=1e-5, atol=1e-3)
-        assert_close(scores[kept], ref[f"raw/scores_{b}"], rtol=1e-5, atol=1e-6)
-        assert torch.equal(classes[kept], ref[f"raw/labels_{b}"])
+    candidates = model._candidates(Predictions(logits, distributions), sizes)
+    is_kept = Boxes(candidates.boxes).nonempty()
+    for b in range(len(sizes)):
+        assert (candidates.image == b).sum() == ref[f"raw/num_per_level_{b}"].sum()
+        boxes, scores, classes, _ = (x[is_kept & (candidates.image == b)] for x in candidates)
+        assert_close(boxes, ref[f"raw/boxes_{b}"], rtol=1e-5, atol=1e-3)
+        assert_close(scores, ref[f"raw/scores_{b}"], rtol=1e-5, atol=1e-6)
+        assert torch.equal(classes, ref[f"raw/labels_{b}"])
 
 
 def flatten(maps):

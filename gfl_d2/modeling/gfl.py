@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms, cat
+from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -23,7 +24,14 @@ from .box_distribution import distance_to_bbox
 from .convolutions import fold_frozen_norms
 from .criterion import GFLCriterion, Predictions
 from .head import GFLHead
-from .locations import LevelGrid, Locations, build_grids, valid_sizes
+from .locations import (
+    LevelGrid,
+    Locations,
+    build_grids,
+    needs_fixed_shapes,
+    to_device,
+    valid_sizes,
+)
 
 __all__ = ["GFL"]
 
@@ -228,68 +236,85 @@ class GFL(DenseDetector):
             list[Instances]: per image ``pred_boxes`` (pixels of the network input), ``scores`` and
             ``pred_classes``, by descending score.
         """
-        predictions = Predictions(*predictions)
+        candidates = self._candidates(Predictions(*predictions), images.image_sizes)
+        # Boxes that lay in the padding have no area left, when they are clipped.
+        keep = (candidates.scores > 0) & Boxes(candidates.boxes).nonempty()
+        boxes, scores, classes, image = (x[keep] for x in candidates)
+        # Image by image, in the same order.
+        image, order = image.sort(stable=True)
+        counts = image.bincount(minlength=len(images)).tolist()
+        parts = (x[order].split(counts) for x in (boxes, scores, classes))
+        return [
+            self._suppress(Instances(size, pred_boxes=Boxes(b), scores=s, pred_classes=c))
+            for size, b, s, c in zip(images.image_sizes, *parts)
+        ]
+
+    def _suppress(self, instances: Instances) -> Instances:
+        """The best of an image, after NMS."""
+        keep = batched_nms(
+            instances.pred_boxes.tensor,
+            instances.scores,
+            instances.pred_classes,
+            self.test_nms_thresh,
+        )
+        return instances[keep[: self.max_detections_per_image]]
+
+    def _candidates(
+        self, predictions: Predictions, image_sizes: list[tuple[int, int]]
+    ) -> _Candidates:
+        """Level by level, image by image and by descending score, clipped to the image."""
         quality = predictions.quality or [None] * len(predictions.logits)
         logits = map(self.head.quality.score_logits, predictions.logits, quality)
-        # Locations in the padding are dropped with their boxes, when these are clipped.
-        levels = [
-            (grid, maps.shape[-1], _flatten(maps), _flatten(boxes))
-            for grid, maps, boxes in zip(self.grids, logits, predictions.boxes)
-        ]
-        return [
-            self._inference_single_image(
-                [(grid, width, x[i], boxes[i]) for grid, width, x, boxes in levels], image_size
-            )
-            for i, image_size in enumerate(images.image_sizes)
-        ]
+        levels = []
+        for grid, maps, boxes in zip(self.grids, logits, predictions.boxes):
+            width = maps.shape[-1]
+            image, index, best = self._select(_flatten(maps).flatten(1))
+            location = index.div(self.num_classes, rounding_mode="floor")
+            row = location.div(width, rounding_mode="floor")
+            column = location - row * width
+            distances = self.head.box.decode(boxes.permute(0, 2, 3, 1)[image, row, column])
+            centers = grid.centers(torch.stack((column, row), dim=1))
+            boxes = distance_to_bbox(centers, distances * grid.stride)
+            classes = index - location * self.num_classes
+            levels.append((boxes, best.sigmoid(), classes, image))
+        boxes, scores, classes, image = (torch.cat(parts) for parts in zip(*levels))
+        limits = to_device([(w, h, w, h) for h, w in image_sizes], boxes.device)[image]
+        return _Candidates(boxes.clamp(min=0).minimum(limits), scores, classes, image)
 
-    def _inference_single_image(
-        self, levels: list[tuple[LevelGrid, int, Tensor, Tensor]], image_size: tuple[int, int]
-    ) -> Instances:
+    def _select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Args:
-            levels: arguments of :meth:`_decode_candidates`.
-            image_size: (height, width) that boxes are clipped to.
-        """
-        candidates = [self._decode_candidates(*level) for level in levels]
-        boxes, scores, classes = (cat(parts) for parts in zip(*candidates))
-        boxes = Boxes(boxes)
-        boxes.clip(image_size)
-        # Boxes that lay in the padding have no area left.
-        result = Instances(image_size, pred_boxes=boxes, scores=scores, pred_classes=classes)
-        result = result[boxes.nonempty()]
-        keep = batched_nms(
-            result.pred_boxes.tensor, result.scores, result.pred_classes, self.test_nms_thresh
-        )
-        return result[keep[: self.max_detections_per_image]]
-
-    def _decode_candidates(
-        self, grid: LevelGrid, width: int, logits: Tensor, boxes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        Select the best (location, class) pairs of one level and decode their boxes.
+        The best (location, class) pairs of one level that are above the threshold. On a GPU, which
+        would have to be waited for to learn how many these are, others are among them.
 
         Args:
-            grid: of the level.
-            width: of the level's map.
-            logits: shape (Ri, C), of the scores.
-            boxes: shape (Ri, 4 * V), predictions.
+            logits: shape (N, Ri * C), of the scores.
 
         Returns:
-            boxes (Tensor), scores (Tensor), classes (Tensor): shapes (K, 4), (K,) and (K,), by
-            descending score.
+            image (Tensor), index (Tensor), best (Tensor): shape (K,), of each the image, the place
+            in it and the logit, -inf for the others; image by image, by descending logit.
         """
         # Of few pairs the score is needed: the threshold is one of logits.
-        logits = full_precision(logits.flatten())
-        (index,) = (logits > _logit(self.test_score_thresh)).nonzero(as_tuple=True)
-        best, order = logits[index].topk(min(len(index), self.test_topk_candidates))
-        index = index[order]
-        location = index.div(self.num_classes, rounding_mode="floor")
-        row = location.div(width, rounding_mode="floor")
-        centers = grid.centers(torch.stack((location - row * width, row), dim=1))
-        distances = self.head.box.decode(boxes[location]) * grid.stride
-        boxes = distance_to_bbox(centers, distances)
-        return boxes, best.sigmoid(), index - location * self.num_classes
+        logits, threshold = full_precision(logits), _logit(self.test_score_thresh)
+        if needs_fixed_shapes(logits):
+            best, index = logits.topk(min(self.test_topk_candidates, logits.shape[1]), dim=1)
+            best = torch.where(best > threshold, best, -torch.inf)
+            image = torch.arange(len(logits), device=logits.device)[:, None].expand_as(index)
+            return image.flatten(), index.flatten(), best.flatten()
+        images = []
+        for i, x in enumerate(logits):
+            (index,) = (x > threshold).nonzero(as_tuple=True)
+            best, order = x[index].topk(min(len(index), self.test_topk_candidates))
+            images.append((torch.full_like(index, i)[: len(best)], index[order], best))
+        return tuple(torch.cat(parts) for parts in zip(*images))
+
+
+class _Candidates(NamedTuple):
+    """What may be detected in a batch. Shapes: K candidates, of which those of score 0 are none."""
+
+    boxes: Tensor  # (K, 4)
+    scores: Tensor  # (K,)
+    classes: Tensor  # (K,), int64 in [0, C)
+    image: Tensor  # (K,), int64 in [0, N)
 
 
 class _Pending:
