@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 _QUALITIES = ("joint", "dgqp", "none", "centerness", "iou", "centerness_guided", "iou_guided")
 _BOXES = ("general", "dirac", "gaussian")
 _ASSIGNERS = ("atss", "dynamic_atss")
+_COMPILE_MODES = (
+    "", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+)  # fmt: skip
 
 
 def add_gfl_config(cfg: CN) -> None:
@@ -41,8 +44,10 @@ def add_gfl_config(cfg: CN) -> None:
     # Precision of backbone and head: "float32", "bfloat16" or "float16" (on a GPU). Boxes are
     # decoded in float32 always.
     cfg.TEST.PRECISION = "float32"
-    # Compile backbone and head by torch.compile: the first images take minutes.
-    cfg.TEST.COMPILE = False
+    # Compile backbone and head by torch.compile, in one of its modes: "default", or
+    # "reduce-overhead" (CUDA graphs) and so on; "" for not at all. The first images take minutes,
+    # and more follow where sizes change.
+    cfg.TEST.COMPILE = ""
 
     # Train under autocast to bfloat16, where the CPU or GPU has it (float32 elsewhere). It needs no
     # gradient scaling, unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
@@ -50,9 +55,8 @@ def add_gfl_config(cfg: CN) -> None:
     # Memory format of weights and feature maps: convolutions are faster on CPUs and, in half
     # precision, on GPUs.
     cfg.SOLVER.CHANNELS_LAST = True
-    # Compile backbone and head by torch.compile: the first iterations take minutes, and more follow
-    # where the size of the batch's images changes.
-    cfg.SOLVER.COMPILE = False
+    # As TEST.COMPILE, for training.
+    cfg.SOLVER.COMPILE = ""
 
     # Start every residual block as the identity, by a zero scale in its last normalization: for
     # training from random initialization. Only with this project's backbones, a trainable
@@ -266,6 +270,8 @@ def _check_general_config(cfg: CN) -> None:
     _require(precision in precisions, "TEST.PRECISION", f"one of {precisions}", precision)
     on_gpu = precision != "float16" or cfg.MODEL.DEVICE != "cpu"
     _require(on_gpu, "TEST.PRECISION", "'float32' or 'bfloat16' on a CPU", precision)
+    for key, mode in (("TEST", cfg.TEST.COMPILE), ("SOLVER", cfg.SOLVER.COMPILE)):
+        _require(mode in _COMPILE_MODES, f"{key}.COMPILE", f"one of {_COMPILE_MODES}", mode)
     both = cfg.SOLVER.BF16 and cfg.SOLVER.AMP.ENABLED
     _require(not both, "SOLVER.BF16", "False when SOLVER.AMP.ENABLED is True", cfg.SOLVER.BF16)
 

@@ -36,8 +36,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = GFLCheckpointer(
             self.checkpointer.model, cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
         )
-        if cfg.SOLVER.COMPILE:
-            compile_parts(self.checkpointer.model)
+        compile_parts(self.checkpointer.model, cfg.SOLVER.COMPILE)
         num_frozen = sum(not p.requires_grad for p in self.model.parameters())
         if num_frozen and not cfg.MODEL.WEIGHTS:
             logger.warning(

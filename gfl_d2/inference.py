@@ -53,8 +53,7 @@ def prepare_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
         for part in (model.backbone, model.head):
             part.to(dtype)
         model.backbone.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
-    if cfg.TEST.COMPILE:
-        compile_parts(model)
-    elif cfg.TEST.OPTIMIZE and device_type == "cpu":
+    if cfg.TEST.OPTIMIZE and device_type == "cpu" and not cfg.TEST.COMPILE:
         pack_convs(model)
+    compile_parts(model, cfg.TEST.COMPILE)
     return model

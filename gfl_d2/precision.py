@@ -49,13 +49,15 @@ def autocast_in_training(model: nn.Module, device_type: str, dtype: torch.dtype)
     return model
 
 
-def compile_parts(model: nn.Module) -> None:
+def compile_parts(model: nn.Module, mode: str) -> None:
     """
     Compile backbone and head, when they are first called. The rest works on few values.
 
     Args:
         model: a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector`. Changed in
             place; its parameters and their names are not.
+        mode: of :func:`torch.compile`; "" for not at all.
     """
-    for part in (model.backbone, model.head):
-        part.compile()
+    if mode:
+        for part in (model.backbone, model.head):
+            part.compile(mode=mode)

@@ -76,6 +76,9 @@ def test_options():
         load("gfl_R_50_FPN_1x", "TEST.PRECISION", "int8")
     with pytest.raises(InputError, match=r"TEST\.PRECISION"):
         load("gfl_R_50_FPN_1x", "TEST.PRECISION", "float16")  # no GPU
+    for key in ("TEST.COMPILE", "SOLVER.COMPILE"):
+        with pytest.raises(InputError, match=key):
+            load("gfl_R_50_FPN_1x", key, "fast")
 
 
 @pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="a processor without bfloat16")
@@ -98,13 +101,15 @@ def test_bfloat16_is_close(name):
 
 def test_compiled_parts_are_used(monkeypatch):
     """Compilation itself is PyTorch's; here it does as little as it can."""
-    cfg = load("gfl_R_18_FPN_bccd", "TEST.COMPILE", True)
+    cfg = load("gfl_R_18_FPN_bccd", "TEST.COMPILE", "default")
     model = build(cfg)
     expected = model([{"image": torch.ones(3, 64, 96)}])[0]["instances"].scores
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode: compiled.append((self, mode))
+    )
     prepare_for_inference(cfg, model)
-    assert compiled == [model.backbone, model.head]
+    assert compiled == [(model.backbone, "default"), (model.head, "default")]
     scores = model([{"image": torch.ones(3, 64, 96)}])[0]["instances"].scores
     assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 

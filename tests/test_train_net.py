@@ -162,6 +162,31 @@ def test_bfloat16_training(dataset, monkeypatch):
     assert all(w.isfinite().all() for w in weights.values())
 
 
+@pytest.mark.parametrize("is_channels_last", [False, True])
+def test_memory_format_in_training(dataset, monkeypatch, is_channels_last):
+    formats = set()
+    forward = GFLHead.forward
+
+    def spy(self, features):
+        formats.add(features[0].is_contiguous(memory_format=torch.channels_last))
+        return forward(self, features)
+
+    monkeypatch.setattr(GFLHead, "forward", spy)
+    opts = ["SOLVER.CHANNELS_LAST", is_channels_last, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", "()"]
+    run(dataset, opts=opts)
+    assert formats == {is_channels_last}
+
+
+def test_compiled_training(dataset, monkeypatch):
+    """Compilation itself is PyTorch's; here the parts run as they are."""
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode: compiled.append((type(self).__name__, mode))
+    )
+    run(dataset, opts=["SOLVER.COMPILE", "reduce-overhead"])
+    assert compiled == [("FPN", "reduce-overhead"), ("GFLHead", "reduce-overhead")]
+
+
 def test_clipping_of_the_whole_gradient(dataset):
     """With a tiny limit, weights hardly move; momentum and decay are off."""
     opts = ["SOLVER.BASE_LR", 1.0, "SOLVER.MOMENTUM", 0.0, "SOLVER.WEIGHT_DECAY", 0.0,
