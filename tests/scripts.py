@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_script(path: str) -> ModuleType:
-    """The script at this path, relative to the repository's root."""
+    """The script at this path, relative to the repository's root; it may import its neighbours."""
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from gfl_d2.precision import has_fast_bfloat16
 from plain_assigner import dense
 from scripts import ROOT, load_script
 
+benchmarking = load_script("tools/benchmarking.py")
 benchmark = load_script("tools/benchmark.py")
 SMALL = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
 
@@ -17,31 +19,21 @@ SMALL = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
 def run(monkeypatch, tmp_path, *args):
     path = tmp_path / "results.json"
     arguments = [
-        *args,
-        "--size",
-        "64",
-        "96",
-        "--boxes",
-        "3",
-        "--classes",
-        "7",
-        "--repeats",
-        "2",
-        "--warmup",
-        "1",
+        *("--size", "64", "96", "--boxes", "3", "--classes", "7", "--candidates", "20"),
+        *("--repeats", "2", "--warmup", "1", "--config-file", SMALL, "--device", "cpu"),
+        *("--json", str(path)),
     ]
-    arguments += ["--config-file", SMALL, "--device", "cpu", "--json", str(path)]
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["benchmark.py", args[0], *arguments, *args[1:]])
     benchmark.main()
     return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("mode", ["infer", "train", "loss", "post"])
 def test_models_side_by_side(monkeypatch, tmp_path, capsys, mode):
-    report = run(monkeypatch, tmp_path, mode, "--candidates", "20")
+    report = run(monkeypatch, tmp_path, mode)
     assert list(report["results"]) == ["GFL", "RetinaNet", "FCOS"]
-    for name, result in report["results"].items():
-        assert len(report["times_ms"][name]) == 2
+    for result in report["results"].values():
+        assert len(result["times_ms"]) == 2
         assert 0 < result["q1_ms"] <= result["median_ms"] <= result["q3_ms"]
     assert report["settings"]["size"] == [64, 96]
     printed = capsys.readouterr().out
@@ -49,14 +41,63 @@ def test_models_side_by_side(monkeypatch, tmp_path, capsys, mode):
     assert "RetinaNet" in printed
 
 
+@pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="a processor without bfloat16")
+@pytest.mark.parametrize("mode", ["infer", "train", "loss"])
+def test_precisions_side_by_side(monkeypatch, tmp_path, mode):
+    dtypes = []
+    forward = benchmarking.GFL.forward_training, benchmarking.GFL.forward_inference
+    for method in forward:
+
+        def spy(self, images, features, predictions, *args, method=method):
+            dtypes.append(predictions[0][0].dtype)
+            return method(self, images, features, predictions, *args)
+
+        monkeypatch.setattr(benchmarking.GFL, method.__name__, spy)
+    report = run(monkeypatch, tmp_path, mode, "--precision", "fp32", "bf16", "--skip", "FCOS")
+    assert list(report["results"]) == ["GFL fp32", "RetinaNet fp32", "GFL bf16", "RetinaNet bf16"]
+    assert set(dtypes) == {torch.float32, torch.bfloat16}
+
+
+def test_growth(monkeypatch, tmp_path):
+    skip = ["--skip", "RetinaNet", "FCOS"]
+    sizes = []
+    make_inputs = benchmark.make_inputs
+    monkeypatch.setattr(
+        benchmark, "make_inputs", lambda work: sizes.append(work.size) or make_inputs(work)
+    )
+    report = run(monkeypatch, tmp_path, "loss", *skip, "--vary", "size", "64", "128")
+    assert list(report["results"]) == ["GFL, size 64", "GFL, size 128"]
+    assert sizes == [(64, 64), (128, 128)]
+    report = run(monkeypatch, tmp_path, "loss", *skip, "--vary", "boxes", "0", "2")
+    assert list(report["results"]) == ["GFL, boxes 0", "GFL, boxes 2"]
+
+
+@pytest.mark.parametrize("vary", [["boxes"], ["colour", "1"]])
+def test_what_cannot_be_varied(monkeypatch, tmp_path, capsys, vary):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, "loss", "--vary", *vary)
+    assert "--vary takes one of size, batch, boxes" in capsys.readouterr().err
+
+
 def test_what_does_not_run_is_left_out(monkeypatch, tmp_path, capsys):
     def fail(*args):
         raise RuntimeError("not in this precision")
 
-    monkeypatch.setattr(benchmark.FCOS, "forward_training", fail)
-    report = run(monkeypatch, tmp_path, "train", "--precision", "bf16", "--skip", "RetinaNet")
+    monkeypatch.setattr(benchmarking.FCOS, "forward_training", fail)
+    report = run(monkeypatch, tmp_path, "train", "--skip", "RetinaNet")
     assert list(report["results"]) == ["GFL"]
     assert "FCOS is left out: not in this precision" in capsys.readouterr().out
+
+
+def test_compiled_models(monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode: compiled.append((type(self).__name__, mode))
+    )
+    skip = ["--skip", "RetinaNet", "FCOS"]
+    report = run(monkeypatch, tmp_path, "train", *skip, "--compile", "default")
+    assert list(report["results"]) == ["GFL", "GFL compiled"]
+    assert compiled == [("FPN", "default"), ("GFLHead", "default")]
 
 
 def test_assignment(monkeypatch, tmp_path):
@@ -70,21 +111,21 @@ def test_skip_and_others(monkeypatch, tmp_path):
 
 
 def test_threshold_lets_as_many_candidates_pass_as_asked_for():
-    args = benchmark.argparse.Namespace(size=(64, 96), batch=1, boxes=0, classes=5, device="cpu")
-    inputs = benchmark.make_inputs(args)
-    model = benchmark.build_gfl(SMALL, "cpu", 5).eval()
+    work = benchmarking.Workload(size=(64, 96), boxes=0, classes=5)
+    inputs = benchmarking.make_inputs(work)
+    model = benchmarking.build_gfl(work, SMALL).eval()
     torch.manual_seed(0)
-    benchmark.set_threshold(model, inputs, 37)
+    benchmarking.set_threshold(model, inputs, 37)
     torch.manual_seed(0)
-    logits = benchmark.predict(model, inputs)[2][0]
+    logits = benchmarking.predict(model, inputs)[2][0]
     scores = torch.cat([maps.flatten() for maps in logits]).sigmoid()
     assert (scores > model.test_score_thresh).sum() == 37
 
 
 def test_both_assignments_are_the_same():
-    args = benchmark.argparse.Namespace(size=(160, 224), batch=1, boxes=15, classes=5, device="cpu")
-    inputs = benchmark.make_inputs(args)
-    steps = benchmark.assign_steps(benchmark.build_gfl(SMALL, "cpu", 5), inputs)
+    work = benchmarking.Workload(size=(160, 224), boxes=15, classes=5)
+    inputs = benchmarking.make_inputs(work)
+    steps = benchmarking.assign_steps(benchmarking.build_gfl(work, SMALL), inputs)
     (plain,) = steps["plain"]()
     (matched,) = dense(steps["arithmetic"](), 1, len(plain))
     assert (plain >= 0).any()

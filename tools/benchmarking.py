@@ -1,0 +1,357 @@
+"""Models, workloads and clocks of the benchmarks."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import detectron2
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from gfl_d2 import load_config
+from gfl_d2.engine import Trainer
+from gfl_d2.inference import prepare_for_inference
+from gfl_d2.modeling import GFL, aligned_iou
+from gfl_d2.precision import compile_parts
+
+ROOT = Path(__file__).resolve().parents[1]
+GFL_CONFIG = str(ROOT / "configs" / "gfl_R_50_FPN_1x.yaml")
+RETINANET = "model_zoo/configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What models have to do."""
+
+    device: str = "cpu"
+    size: tuple[int, int] = (480, 640)  # height and width of the images
+    batch: int = 1
+    boxes: int = 20  # ground truth, of each image
+    classes: int = 80
+    candidates: int = 1000  # (location, class) pairs of an image that are above the threshold
+    precision: str = "fp32"
+
+    def autocast(self) -> AbstractContextManager:
+        if self.precision == "fp32":
+            return nullcontext()
+        dtype = getattr(torch, PRECISIONS[self.precision])
+        return torch.autocast(torch.device(self.device).type, dtype)
+
+
+# Models. Weights are random.
+
+
+def build_gfl(
+    work: Workload,
+    config_file: str = GFL_CONFIG,
+    *,
+    is_training: bool = True,
+    compile_mode: str = "",
+) -> DenseDetector:
+    """As ``train_net.py`` has it: to train or, in the precision of ``work``, for --eval-only."""
+    opts = ["MODEL.DEVICE", work.device, "MODEL.GFL.NUM_CLASSES", work.classes]
+    opts += ["TEST.PRECISION", PRECISIONS[work.precision], "TEST.COMPILE", compile_mode]
+    opts += ["SOLVER.BF16", False, "SOLVER.AMP.ENABLED", False]  # see Workload.autocast
+    cfg = load_config(config_file, opts)
+    model = Trainer.build_model(cfg)
+    if not is_training:
+        return prepare_for_inference(cfg, model)
+    compile_parts(model, compile_mode)
+    return model
+
+
+def build_retinanet(work: Workload) -> DenseDetector:
+    """In its default form."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(Path(detectron2.__file__).parent / RETINANET))
+    cfg.MODEL.DEVICE = work.device
+    cfg.MODEL.RETINANET.NUM_CLASSES = work.classes
+    return build_model(cfg)
+
+
+def build_fcos(work: Workload) -> DenseDetector:
+    """As Detectron2's ``fcos_R_50_FPN_1x`` has it, on GFL's backbone."""
+    cfg = load_config(GFL_CONFIG, ["MODEL.DEVICE", work.device])
+    backbone = build_backbone(cfg)
+    shapes = [ShapeSpec(channels=256, stride=8 * 2**i) for i in range(5)]
+    options = {"input_shape": shapes, "num_classes": work.classes, "conv_dims": [256] * 4}
+    try:
+        head = FCOSHead(**options, norm="GN")
+    except ValueError:  # Detectron2 0.6 cannot build it
+        head = FCOSHead(**options)
+    return FCOS(
+        backbone=backbone,
+        head=head,
+        head_in_features=["p3", "p4", "p5", "p6", "p7"],
+        num_classes=work.classes,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    ).to(work.device)
+
+
+# Steps, to be timed.
+
+
+def make_inputs(work: Workload) -> list[dict]:
+    """Noise, with boxes from a few pixels to the whole image, most of them small."""
+    height, width = work.size
+    generator = torch.Generator().manual_seed(0)
+    limit = torch.tensor([width, height], dtype=torch.float32)
+    inputs = []
+    for _ in range(work.batch):
+        corner = torch.rand(work.boxes, 2, generator=generator) * limit * 0.9
+        extent = 4 + torch.exp(torch.rand(work.boxes, 2, generator=generator) * limit.log())
+        gt = Instances((height, width))
+        gt.gt_boxes = Boxes(torch.cat((corner, torch.minimum(corner + extent, limit)), dim=1))
+        gt.gt_classes = torch.randint(0, work.classes, (work.boxes,), generator=generator)
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        inputs.append({"image": image, "instances": gt.to(work.device)})
+    return inputs
+
+
+def predict(model: DenseDetector, inputs: list[dict]):
+    """Images, features and predictions of the head, with logits spread as of a trained model."""
+    images = model.preprocess_image(inputs)
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        features = [features[name] for name in model.head_in_features]
+        predictions = tuple([x.clone() for x in maps] for maps in model.head(features))
+        for maps in predictions[0]:
+            maps.add_(torch.randn_like(maps))
+    return images, features, predictions
+
+
+def set_threshold(model: DenseDetector, inputs: list[dict], candidates: int) -> None:
+    """The score threshold that ``candidates`` (location, class) pairs of an image pass."""
+    logits = predict(model, inputs[:1])[2][0]
+    scores = torch.cat([maps.flatten() for maps in logits]).float().sigmoid()
+    model.test_score_thresh = float(scores.sort(descending=True).values[candidates])
+
+
+def infer_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
+    """From image tensors to detections."""
+    model.eval()
+    set_threshold(model, inputs, work.candidates)
+    return torch.no_grad()(lambda: model(inputs))
+
+
+def post_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
+    """Post-processing alone."""
+    model.eval()
+    set_threshold(model, inputs, work.candidates)
+    images, features, predictions = predict(model, inputs)
+    return torch.no_grad()(lambda: model.forward_inference(images, features, predictions))
+
+
+def train_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
+    """Forward, backward and optimizer, with gradients scaled in float16."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
+    scaler = torch.amp.GradScaler(work.device, enabled=work.precision == "fp16")
+
+    def step():
+        optimizer.zero_grad()
+        with EventStorage():
+            loss = sum(model(inputs).values())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def loss_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
+    """What follows the head in training, forward and backward to the predictions."""
+    model.train()
+    images, features, predictions = predict(model, inputs)
+    maps = [x.requires_grad_() for levels in predictions for x in levels]
+    gt_instances = [x["instances"] for x in inputs]
+
+    def step():
+        with EventStorage():
+            losses = model.forward_training(images, features, predictions, gt_instances)
+        torch.autograd.grad(sum(losses.values()), maps)
+
+    return step
+
+
+MAKE_STEP = {"infer": infer_step, "train": train_step, "loss": loss_step, "post": post_step}
+
+
+def assign_steps(model: GFL, inputs: list[dict]) -> dict[str, Step]:
+    """Assignment alone, by arithmetic and as it is usually written."""
+    images, features, _ = predict(model, inputs)
+    locations = model._locations(features, images.image_sizes)
+    boxes = [x["instances"].gt_boxes.tensor for x in inputs]
+    anchors = make_anchors(locations, boxes[0].device)
+    return {
+        "arithmetic": lambda: model.assigner(locations, boxes),
+        "plain": lambda: [plain_atss(anchors, gt) for gt in boxes],
+    }
+
+
+def make_anchors(locations, device) -> list[torch.Tensor]:
+    """Boxes of each level, shape (Ri, 4)."""
+    centers = locations.centers(device).tensor_split(locations.starts[1:-1])
+    halves = [grid.anchor_size / 2 for grid in locations.grids]
+    return [torch.cat((c - half, c + half), dim=1) for c, half in zip(centers, halves)]
+
+
+def plain_atss(anchors: list[torch.Tensor], gt: torch.Tensor, topk: int = 9) -> torch.Tensor:
+    """ATSS by the distances and IoUs of all pairs."""
+    boxes = torch.cat(anchors)
+    gt_centers = (gt[:, :2] + gt[:, 2:]) / 2
+    iou = aligned_iou(boxes, gt[:, None])  # (M, R)
+    indices, first = [], 0
+    for level in anchors:
+        distance = torch.cdist(gt_centers, (level[:, :2] + level[:, 2:]) / 2)
+        nearest = distance.topk(min(topk, len(level)), dim=1, largest=False).indices
+        indices.append(nearest + first)
+        first += len(level)
+    index = torch.cat(indices, dim=1)
+    candidates = iou.gather(1, index)
+    threshold = candidates.mean(dim=1, keepdim=True) + candidates.std(dim=1, keepdim=True)
+    centers = (boxes[index][..., :2] + boxes[index][..., 2:]) / 2
+    sides = torch.cat((centers - gt[:, None, :2], gt[:, None, 2:] - centers), dim=-1)
+    is_positive = (candidates >= threshold) & (sides.amin(dim=-1) > 0.01)
+    best = torch.full_like(iou, -1).scatter_(1, index, torch.where(is_positive, candidates, -1))
+    value, number = best.max(dim=0)
+    return torch.where(value >= 0, number, -1)
+
+
+# Clocks.
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def can_run(name: str, step: Step) -> bool:
+    """Run once. Not every model has every precision."""
+    try:
+        step()
+    except RuntimeError as error:
+        print(f"{name} is left out: {error}".splitlines()[0])
+        return False
+    return True
+
+
+def measure(
+    steps: dict[str, Step], device: str, repeats: int, warmup: int
+) -> dict[str, dict[str, float | list[float] | None]]:
+    """
+    Times and memory of those steps that run at all.
+
+    Returns:
+        of each step ``median_ms``, ``q1_ms``, ``q3_ms``, ``times_ms`` and ``peak_mib``.
+    """
+    steps = {name: step for name, step in steps.items() if can_run(name, step)}
+    times = measure_times(steps, device, repeats, warmup)
+    return {
+        name: {
+            **summarize(times[name]),
+            "peak_mib": measure_memory(step, device),
+            "times_ms": times[name],
+        }
+        for name, step in steps.items()
+    }
+
+
+def measure_times(
+    steps: dict[str, Step], device: str, repeats: int, warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each run; the subjects take turns, so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(warmup + repeats):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if i >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+        print(f"\rround {i + 1} of {warmup + repeats}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return times
+
+
+def measure_memory(step: Step, device: str) -> float | None:
+    """Peak of what one run needs beyond what is there before, in MiB; None if it cannot be told."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        # Give back what the allocator keeps at hand: it would not show. Then reset the peak.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _read_status("VmRSS")
+        step()
+        return (_read_status("VmHWM") - before) / 2**10
+    except (AttributeError, OSError):
+        return None
+
+
+def _read_status(key: str) -> int:
+    """In KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def summarize(times: list[float]) -> dict[str, float]:
+    quartiles = (
+        statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    )
+    return {"median_ms": quartiles[1], "q1_ms": quartiles[0], "q3_ms": quartiles[2]}
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    else:
+        cpu_info = Path("/proc/cpuinfo")
+        text = cpu_info.read_text() if cpu_info.is_file() else ""
+        models = [x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "detectron2": detectron2.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """Times are relative to the first row's."""
+    first = next(iter(results.values()))["median_ms"]
+    print(f"{'':32}{'ratio':>8}{'median ms':>12}{'quartiles':>20}{'peak MiB':>10}")
+    for name, x in results.items():
+        spread = f"{x['q1_ms']:.1f} to {x['q3_ms']:.1f}"
+        memory = "" if x["peak_mib"] is None else f"{x['peak_mib']:.0f}"
+        ratio = x["median_ms"] / first
+        print(f"{name:32}{ratio:8.2f}{x['median_ms']:12.1f}{spread:>20}{memory:>10}")
