@@ -20,15 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from benchmarking import (
     GFL_CONFIG,
-    MAKE_STEP,
+    MODES,
     PRECISIONS,
     Step,
     Workload,
@@ -38,6 +36,7 @@ from benchmarking import (
     build_retinanet,
     describe_machine,
     make_inputs,
+    make_step,
     measure,
     print_table,
 )
@@ -63,10 +62,7 @@ def make_steps(args: argparse.Namespace, work: Workload) -> dict[str, Step]:
         for name, (build, has_autocast) in list_subjects(args, of_precision).items():
             if name in args.skip:
                 continue
-            autocast = of_precision.autocast if has_autocast else nullcontext
-            with autocast():
-                step = MAKE_STEP[args.mode](build(), inputs, of_precision)
-            steps[name + suffix] = under(autocast, step)
+            steps[name + suffix] = make_step(args.mode, build(), inputs, of_precision, has_autocast)
     return steps
 
 
@@ -90,17 +86,9 @@ def list_subjects(args: argparse.Namespace, work: Workload) -> dict:
     return subjects
 
 
-def under(context: Callable[[], AbstractContextManager], step: Step) -> Step:
-    def run():
-        with context():
-            return step()
-
-    return run
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("mode", choices=[*MAKE_STEP, "assign"])
+    parser.add_argument("mode", choices=[*MODES, "assign"])
     parser.add_argument("--config-file", default=GFL_CONFIG, help="of GFL")
     parser.add_argument("--others", nargs="*", default=[], help="more configs to compare")
     parser.add_argument("--skip", nargs="*", default=[], help="subjects to leave out, e.g. FCOS")

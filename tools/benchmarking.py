@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +63,33 @@ def build_gfl(
     config_file: str = GFL_CONFIG,
     *,
     is_training: bool = True,
+    weights: dict[str, torch.Tensor] | None = None,
     compile_mode: str = "",
+    opts: Sequence = (),
 ) -> DenseDetector:
-    """As ``train_net.py`` has it: to train or, in the precision of ``work``, for --eval-only."""
-    opts = ["MODEL.DEVICE", work.device, "MODEL.GFL.NUM_CLASSES", work.classes]
-    opts += ["TEST.PRECISION", PRECISIONS[work.precision], "TEST.COMPILE", compile_mode]
-    opts += ["SOLVER.BF16", False, "SOLVER.AMP.ENABLED", False]  # see Workload.autocast
-    cfg = load_config(config_file, opts)
+    """
+    As ``train_net.py`` has it: to train or, in the precision of ``work``, for --eval-only.
+
+    Args:
+        work: for which the model is.
+        config_file: of the model.
+        is_training: whether it is to be trained.
+        weights: a state dict; random by default.
+        compile_mode: of :func:`torch.compile`; "" for not at all.
+        opts: more keys and values of the config.
+    """
+    cfg = load_config(
+        config_file,
+        [
+            *("MODEL.DEVICE", work.device, "MODEL.GFL.NUM_CLASSES", work.classes),
+            *("TEST.PRECISION", PRECISIONS[work.precision], "TEST.COMPILE", compile_mode),
+            *("SOLVER.BF16", False, "SOLVER.AMP.ENABLED", False),  # see Workload.autocast
+            *opts,
+        ],
+    )
     model = Trainer.build_model(cfg)
+    if weights is not None:
+        model.load_state_dict(weights)
     if not is_training:
         return prepare_for_inference(cfg, model)
     compile_parts(model, compile_mode)
@@ -193,7 +212,29 @@ def loss_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
     return step
 
 
-MAKE_STEP = {"infer": infer_step, "train": train_step, "loss": loss_step, "post": post_step}
+MODES = {"infer": infer_step, "train": train_step, "loss": loss_step, "post": post_step}
+
+
+def make_step(
+    mode: str, model: DenseDetector, inputs: list[dict], work: Workload, has_autocast: bool = True
+) -> Step:
+    """
+    Args:
+        mode: one of ``MODES``.
+        model: does the work.
+        inputs: of :func:`make_inputs`.
+        work: what there is to do.
+        has_autocast: False for a model that is itself in the precision of ``work``.
+    """
+    context = work.autocast if has_autocast else nullcontext
+    with context():
+        step = MODES[mode](model, inputs, work)
+
+    def run():
+        with context():
+            return step()
+
+    return run
 
 
 def assign_steps(model: GFL, inputs: list[dict]) -> dict[str, Step]:

@@ -48,22 +48,31 @@ def quality_focal_loss_sum(
 
 class _QualityFocalLossSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, logits, image, row, column, is_real, labels, quality, beta, valid_sizes
-    ) -> Tensor:
-        total, grad = _background(logits, beta, valid_sizes)
-        index = (image, labels, row, column)
-        loss, grad_at = _positive_minus_background(full_precision(logits[index]), quality, beta)
-        grad.index_put_(index, torch.where(is_real, grad_at, 0), accumulate=True)
-        ctx.save_for_backward(grad)
-        ctx.dtype = logits.dtype
-        return total + torch.where(is_real, loss, 0).sum()
+    def forward(ctx, logits, *args) -> Tensor:
+        loss, ctx.grad = _loss_and_gradient(logits, *args)
+        # In case that it is asked for again: the gradient is given away.
+        ctx.save_for_backward(logits)
+        ctx.args = args
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        (grad,) = ctx.saved_tensors
-        return ((grad * grad_output).to(ctx.dtype), *([None] * 8))
+        (logits,) = ctx.saved_tensors
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            _, grad = _loss_and_gradient(logits, *ctx.args)
+        return (grad.mul_(grad_output).to(logits.dtype), *([None] * len(ctx.args)))
+
+
+def _loss_and_gradient(
+    logits, image, row, column, is_real, labels, quality, beta, valid_sizes
+) -> tuple[Tensor, Tensor]:
+    total, grad = _background(logits, beta, valid_sizes)
+    index = (image, labels, row, column)
+    loss, grad_at = _positive_minus_background(full_precision(logits[index]), quality, beta)
+    grad.index_put_(index, torch.where(is_real, grad_at, 0), accumulate=True)
+    return total + torch.where(is_real, loss, 0).sum(), grad
 
 
 def _background(

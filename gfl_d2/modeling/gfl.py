@@ -210,8 +210,10 @@ class GFL(DenseDetector):
     def _log(self, diagnostics: dict[str, Tensor]) -> None:
         """
         Put scalars into the event storage. Those of a GPU come one iteration late: it is not waited
-        for.
+        for. A step that is captured in a CUDA graph logs nothing.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
         values = torch.stack(list(diagnostics.values()))
         if values.is_cuda:
             values, self._pending = self._pending, _Pending(values)

@@ -1,0 +1,104 @@
+"""The benchmark for GPUs: all of it on a CPU, and its checks where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scripts import load_script
+
+gpu = load_script("tools/benchmark_gpu.py")
+SMALL = gpu.Workload(size=(96, 128), batch=2, boxes=3, classes=7)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_everything_runs(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    options = {"--size": ("64", "96"), "--batch": "2", "--repeats": "2", "--side": "64"}
+    arguments = ["--device", "cpu", "--json", str(path)]
+    for name, values in options.items():
+        arguments += [name, *([values] if isinstance(values, str) else values)]
+    monkeypatch.setattr("sys.argv", ["benchmark_gpu.py", *arguments])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: None)
+    gpu.main()
+    report = json.loads(path.read_text())
+    # In float16 a CPU can do nothing, and Detectron2's FCOS cannot be trained in bfloat16.
+    assert all("float16" in x for x in report["left_out"])
+    for title in ("Inference, batch 1, TF32", "Loss, batch 2, bfloat16", "Ceilings"):
+        assert report[title]
+    parts = report["Parts of training, batch 2, bfloat16"]
+    assert list(parts) == ["ResNet", "ResNet and FPN", "head", "loss", "all, with optimizer"]
+    assert parts["head"]["floor of operations ms"] > 0
+    assert parts["all, with optimizer"]["floor of bytes ms"] > parts["head"]["floor of bytes ms"]
+    assert parts["loss"]["floor of operations ms"] == 0  # no convolution
+    printed = capsys.readouterr().out
+    assert "RetinaNet" in printed
+    assert "error of gradients" in printed
+
+
+def test_what_fails_or_is_late_is_named(tmp_path, capsys):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    report = gpu.Report({"device": "d"}, tmp_path / "gpu.json", limit=1000)
+    report.add("one", fail)
+    report.add("two", lambda: {"x": 1.5})
+    report.deadline = 0
+    report.add("three", lambda: {"x": 1.5})
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert saved["left_out"] == [
+        "one: RuntimeError: out of memory",
+        "three: TimeoutError: the time is over",
+    ]
+    assert saved["two"] == {"x": 1.5}
+
+
+def test_check_of_inference_finds_errors(monkeypatch):
+    result = gpu.check_inference(SMALL)
+    assert result["float32"]["error of logits"] == 0
+    assert result["float32"]["detections found"] == 1
+    build = gpu.build_gfl
+
+    def build_another(work, weights=None, **options):
+        if work.precision == "bf16":
+            weights = {**weights, "head.bbox_pred.bias": weights["head.bbox_pred.bias"] + 1}
+            weights["head.scales"] = weights["head.scales"] * 2
+        return build(work, weights=weights, **options)
+
+    monkeypatch.setattr(gpu, "build_gfl", build_another)
+    result = gpu.check_inference(SMALL)
+    assert result["bfloat16"]["error of boxes"] > 0.5
+    assert result["bfloat16"]["error of logits"] < 0.1
+
+
+def test_check_of_training():
+    result = gpu.check_training(SMALL)
+    assert result == {"error of losses": 0, "error of gradients": 0}
+
+
+@needs_gpu
+class TestGPU:
+    work = gpu.replace(SMALL, device="cuda")
+
+    def test_inference(self):
+        result = gpu.check_inference(self.work)
+        assert result["float32"]["error of logits"] < 1e-4
+        assert result["float32"]["error of boxes"] < 1e-4
+        assert result["float32"]["detections found"] > 0.98
+        for name, limit in (("TF32", 0.01), ("float16", 0.01), ("bfloat16", 0.05)):
+            assert result[name]["error of logits"] < limit
+            assert result[name]["error of boxes"] < limit
+
+    def test_training(self):
+        result = gpu.check_training(self.work)
+        assert result["error of losses"] < 1e-4
+        assert result["error of gradients"] < 1e-3
+
+    def test_nothing_waits(self):
+        gpu.check_synchronization(self.work)
+
+    def test_graph(self):
+        assert gpu.check_graph(self.work)["error of losses and gradients"] < 1e-5
