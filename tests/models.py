@@ -16,6 +16,7 @@ from gfl_d2.modeling import (
     JointQuality,
     LevelGrid,
     Quality,
+    Targets,
 )
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -80,3 +81,8 @@ def gfl_on_features(
         pixel_std=[1.0, 1.0, 1.0],
         **kwargs,
     )
+
+
+def split(targets: Targets, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Values of the positives, shape (P, ...), level by level."""
+    return values.split([len(positives.image) for positives in targets.positives])

@@ -33,6 +33,11 @@ def random_case(seed, shape, num_positives, num_unreal, dtype=torch.float32, sca
     return logits, positives, labels, quality, dense_labels, dense_quality
 
 
+def one_level(logits, positives, labels, quality, beta=2.0, valid_sizes=None):
+    sizes = None if valid_sizes is None else [valid_sizes]
+    return quality_focal_loss_sum([logits], [positives], labels, quality, beta, sizes)
+
+
 def plain(logits, labels, quality, beta, valid):
     flat = logits.permute(0, 2, 3, 1).flatten(0, 2)
     return quality_focal_loss(flat[valid], labels[valid], quality[valid], beta, "sum")
@@ -74,7 +79,7 @@ def test_equals_the_plain_form(
         grads = []
         losses = []
         for compute in (
-            lambda x: quality_focal_loss_sum(x, positives, labels, quality, beta, valid_sizes),
+            lambda x: one_level(x, positives, labels, quality, beta, valid_sizes),
             lambda x: plain(x.double(), *dense, beta, mask(shape, valid_sizes)),
         ):
             x = logits.clone().requires_grad_()
@@ -91,7 +96,7 @@ def test_equals_the_plain_form(
 def test_float64_is_exact():
     logits, positives, labels, quality, *dense = random_case(0, (2, 4, 6, 5), 8, 0, torch.float64)
     valid = mask(logits.shape, [(6, 5)] * 2)
-    loss = quality_focal_loss_sum(logits, positives, labels, quality)
+    loss = one_level(logits, positives, labels, quality)
     assert_close(loss, plain(logits, *dense, 2.0, valid), rtol=1e-12, atol=0)
 
 
@@ -101,7 +106,7 @@ def test_half_precision(dtype):
     logits, positives, labels, quality, *dense = random_case(0, (2, 4, 6, 5), 8, 0, dtype)
     logits.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = quality_focal_loss_sum(logits, positives, labels, quality)
+        loss = one_level(logits, positives, labels, quality)
     (grad,) = torch.autograd.grad(loss, logits)
     exact = plain(logits.double(), *dense, 2.0, mask(logits.shape, [(6, 5)] * 2))
     (exact_grad,) = torch.autograd.grad(exact, logits)
@@ -116,7 +121,7 @@ def test_extreme_logits(value):
     logits = torch.full((1, 2, 1, 2), value, requires_grad=True)
     at = torch.tensor([0])
     positives = Positives(at, at, at, at == 0)
-    loss = quality_focal_loss_sum(logits, positives, at, torch.ones(1))
+    loss = one_level(logits, positives, at, torch.ones(1))
     loss.backward()
     # Right and certain costs nothing, wrong and certain costs the logit.
     assert_close(loss.detach(), torch.tensor(3 * value if value > 0 else -value))
@@ -127,6 +132,28 @@ def test_gradient_can_be_taken_twice():
     """Of the same graph: what is kept for it is not used up."""
     logits, positives, labels, quality, *_ = random_case(0, (2, 4, 6, 5), 8, 0)
     logits.requires_grad_()
-    loss = quality_focal_loss_sum(logits, positives, labels, quality)
+    loss = one_level(logits, positives, labels, quality)
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_levels_add_up():
+    cases = [random_case(i, (2, 4, 6 - i, 5), 8 - 4 * i, 2 * i) for i in range(3)]
+    levels = [case[0].requires_grad_() for case in cases]
+    positives, labels, quality = zip(*(case[1:4] for case in cases))
+    losses = [
+        quality_focal_loss_sum(levels, positives, torch.cat(labels), torch.cat(quality)),
+        sum(one_level(*case[:4]) for case in cases),
+    ]
+    assert_close(losses[0], losses[1])
+    for actual, expected in zip(*(torch.autograd.grad(loss, levels) for loss in losses)):
+        assert_close(actual, expected)
+
+
+def test_under_autocast():
+    """Float32 stays, though products are in lower precision there."""
+    logits, positives, labels, quality, *dense = random_case(0, (2, 4, 6, 5), 8, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = one_level(logits, positives, labels, quality)
+    exact = plain(logits.double(), *dense, 2.0, mask(logits.shape, [(6, 5)] * 2))
+    assert_close(loss.double(), exact, rtol=1e-5, atol=0)

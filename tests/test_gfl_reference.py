@@ -5,6 +5,8 @@ with C class channels and with the C + 1 of its release, whose last has no posit
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -23,7 +25,7 @@ from gfl_d2.modeling import (
     quality_focal_loss_sum,
 )
 from gfl_d2.modeling.locations import valid_mask
-from models import gfl_on_features
+from models import gfl_on_features, split
 from reference_data import assert_close_to_largest, case, load
 
 LEVELS = range(5)
@@ -182,7 +184,7 @@ def test_targets(file, name):
         logits,
         targets.positives,
         *map(
-            targets.split,
+            functools.partial(split, targets),
             (targets.labels, targets.iou, weights, targets.boxes, targets.gt_boxes,
              targets.gt_distances, targets.predictions),
         ),
@@ -209,7 +211,7 @@ def test_targets(file, name):
         loss = quality_focal_loss(flat[valid], dense_labels[valid], quality[valid])
         assert_close(loss.sum(), expected, rtol=1e-5, atol=1e-6)
         sizes = targets.valid_sizes[i]
-        loss = quality_focal_loss_sum(maps, positives, labels, iou, valid_sizes=sizes)
+        loss = quality_focal_loss_sum([maps], [positives], labels, iou, valid_sizes=[sizes])
         assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
         assert (len(index) > 0) == (f"{name}/pos_index_l{i}" in ref)

@@ -27,6 +27,7 @@ from gfl_d2.modeling import (
     joint_logits,
 )
 from gfl_d2.modeling.quality import DistributionGuidedQualityPredictor
+from models import split
 
 N, C = 2, 3
 SIZES = [(2, 3), (1, 3)]  # of two levels
@@ -78,7 +79,7 @@ def make_targets(num_positives: int = 4, seed: int = 0, num_unreal: int = 0) -> 
 def spread(targets: Targets, values: torch.Tensor, other: float) -> torch.Tensor:
     """Values of the real positives among all locations: shape (N, R)."""
     maps = []
-    for positives, part, size in zip(targets.positives, targets.split(values), SIZES):
+    for positives, part, size in zip(targets.positives, split(targets, values), SIZES):
         level = values.new_full((N, *size), other)
         real = positives.is_real
         level[positives.image[real], positives.row[real], positives.column[real]] = part[real]

@@ -6,7 +6,6 @@ of ``MODEL.GFL.ASSIGNER``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from .box_distribution import aligned_iou, bbox_to_distance
-from .locations import LevelGrid, Locations, needs_fixed_shapes, to_device
+from .locations import Locations, needs_fixed_shapes, to_device
 
 __all__ = ["ATSSAssigner", "Assignment", "DynamicATSSAssigner", "build_assigner"]
 
@@ -34,23 +33,31 @@ class Assignment(NamedTuple):
     image: Tensor  # (M,), int64, of the box
     location: Tensor  # (M, K), int64 in [0, R)
     is_positive: Tensor  # (M, K), bool
-    num_candidates: Sequence[int]  # L, how many of the K are on each level, in order
+    num_levels: int  # L; of the candidates, as many are on each, level by level
 
-    def of_level(self, level: int) -> tuple[Tensor, Tensor, Tensor]:
+    def positives(self) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         """
-        The positives of a level; on a GPU all candidates, so that no shape depends on a value.
+        All positives, level by level; on a GPU all candidates, so that no shape depends on a value.
 
         Returns:
-            box (Tensor), location (Tensor), is_positive (Tensor): shape (P,) each, the first in
-            [0, M).
+            level (Tensor), box (Tensor), location (Tensor), is_positive (Tensor): shape (P,) each,
+            the first two in [0, L) and [0, M).
+            counts (list[int]): L, how many of the P are on each level.
         """
-        first = sum(self.num_candidates[:level])
-        columns = slice(first, first + self.num_candidates[level])
-        location, is_positive = self.location[:, columns], self.is_positive[:, columns]
-        box = torch.arange(len(location), device=location.device)[:, None].expand_as(location)
+        # Shape (L, M, k).
+        location, is_positive = (
+            x.unflatten(1, (self.num_levels, -1)).transpose(0, 1)
+            for x in (self.location, self.is_positive)
+        )
+        level, box = (
+            torch.arange(size, device=location.device).view(shape).expand_as(location)
+            for size, shape in zip(location.shape, ((-1, 1, 1), (-1, 1)))
+        )
+        parts = level, box, location, is_positive
         if needs_fixed_shapes(location):
-            return box.flatten(), location.flatten(), is_positive.flatten()
-        return box[is_positive], location[is_positive], is_positive[is_positive]
+            return *(x.flatten() for x in parts), [location[0].numel()] * self.num_levels
+        counts = is_positive.sum(dim=(1, 2)).tolist()
+        return *(x[is_positive] for x in parts), counts
 
 
 class ATSSAssigner:
@@ -103,8 +110,7 @@ class ATSSAssigner:
         image = to_device(
             [i for i, boxes in enumerate(gt_boxes) for _ in range(len(boxes))], gt.device
         )
-        levels = self._candidates(locations, gt, image)
-        location, centers, sizes, is_candidate = (torch.cat(parts, dim=1) for parts in zip(*levels))
+        location, centers, sizes, is_candidate = self._candidates(locations, gt, image)
         anchors = torch.cat((centers - sizes / 2, centers + sizes / 2), dim=-1)
         ious = self._ious(anchors, gt[:, None], image[:, None], location, predict)
         iou, threshold = sum(ious), sum(_threshold(x, is_candidate) for x in ious)
@@ -118,39 +124,42 @@ class ATSSAssigner:
             is_positive,
             num_places=len(gt_boxes) * num_locations,
         )
-        num_candidates = [level[0].shape[1] for level in levels]
-        return Assignment(gt, image, location, is_best, num_candidates)
+        return Assignment(gt, image, location, is_best, len(locations.grids))
 
     def _candidates(
         self, locations: Locations, gt: Tensor, image: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
-        Of each level, with k of the K candidates:
-
         Returns:
-            location (Tensor): shape (M, k), int64.
-            centers (Tensor): shape (M, k, 2), theirs.
-            sizes (Tensor): shape (M, k, 1), sides of their anchors.
-            is_candidate (Tensor): shape (M, k), bool. False where the level has fewer than
-                ``topk`` valid anchors.
+            location (Tensor): shape (M, K), int64.
+            centers (Tensor): shape (M, K, 2), theirs.
+            sizes (Tensor): shape (M, K, 1), sides of their anchors.
+            is_candidate (Tensor): shape (M, K), bool. False where a level has fewer than ``topk``
+                valid anchors.
         """
-        gt_centers = ((gt[:, :2] + gt[:, 2:]) / 2).double()
+        device = gt.device
         # Width and height of what is valid: (N, L, 2).
-        limits = to_device([[size[::-1] for size in x] for x in locations.valid_sizes], gt.device)
-        parts = []
-        for level, (grid, (height, width)) in enumerate(zip(locations.grids, locations.sizes)):
-            offsets = _offsets(self.topk, min(self.topk, height), min(self.topk, width), gt.device)
-            cells, is_candidate = _nearest(
-                grid, gt_centers, limits[image, level], offsets, self.topk
-            )
-            columns, rows = cells.unbind(dim=-1)
-            location = rows.long() * width + columns.long() + locations.starts[level]
-            centers = grid.centers(cells).to(gt)
-            sizes = torch.full_like(centers[..., :1], grid.anchor_size)
-            # Where there is no candidate, any location will do.
-            location = torch.where(is_candidate, location, locations.starts[level])
-            parts.append((location, centers, sizes, is_candidate))
-        return parts
+        limits = to_device([[size[::-1] for size in x] for x in locations.valid_sizes], device)
+        stride, first, size = to_device(locations.grids, device, torch.float64).unbind(dim=1)
+        widths = to_device([width for _, width in locations.sizes], device)
+        starts = to_device(locations.starts[:-1], device)
+
+        largest = [min(max(sides), self.topk) for sides in zip(*locations.sizes)]
+        cells, is_candidate = _nearest(
+            ((gt[:, :2] + gt[:, 2:]) / 2).double(),
+            limits[image],
+            stride[:, None],
+            first[:, None],
+            _offsets(self.topk, *largest, device),
+            self.topk,
+        )
+        columns, rows = cells.long().unbind(dim=-1)
+        location = rows * widths[:, None] + columns
+        # Where there is no candidate, any location will do.
+        location = torch.where(is_candidate, location, 0) + starts[:, None]
+        centers = (cells * stride[:, None, None] + first[:, None, None]).to(gt)
+        sizes = size[:, None, None].to(gt).expand_as(centers)[..., :1]
+        return tuple(x.flatten(1, 2) for x in (location, centers, sizes, is_candidate))
 
     def _ious(
         self,
@@ -208,36 +217,37 @@ def _offsets(topk: int, height: int, width: int, device: torch.device) -> Tensor
         for x in range(1 - width, width)
         if (abs(x) + 1) * (abs(y) + 1) <= topk
     ]
-    return to_device(steps, device).double()
+    return to_device(steps, device, torch.float64)
 
 
 def _nearest(
-    grid: LevelGrid, points: Tensor, limits: Tensor, offsets: Tensor, topk: int
+    points: Tensor, limits: Tensor, stride: Tensor, first: Tensor, offsets: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
     """
     Args:
-        grid: of the level.
         points: shape (M, 2), x and y in pixels, float64.
-        limits: shape (M, 2), columns and rows that are valid.
+        limits: shape (M, L, 2), columns and rows that are valid on each level.
+        stride, first: shape (L, 1), of the levels.
         offsets: see :func:`_offsets`.
         topk: how many cells are looked for.
 
     Returns:
-        cells (Tensor): shape (M, k, 2), column and row, float64, of the nearest, by distance and
-            then by their order in the grid; k = min(topk, number of offsets).
-        is_found (Tensor): shape (M, k), False where there are fewer.
+        cells (Tensor): shape (M, L, k, 2), column and row, float64, of the nearest, by distance
+            and then by their order in the grid; k = min(topk, number of offsets).
+        is_found (Tensor): shape (M, L, k), False where there are fewer.
     """
+    points = points[:, None]
     # The nearest cell; of two, the first.
-    nearest = ((points - grid.first) / grid.stride - 0.5).ceil()
+    nearest = ((points - first) / stride - 0.5).ceil()
     nearest = torch.minimum(nearest.clamp(min=0), limits - 1)
-    cells = nearest[:, None] + offsets  # (M, O, 2)
-    is_outside = ((cells < 0) | (cells >= limits[:, None])).any(dim=-1)
+    cells = nearest[:, :, None] + offsets  # (M, L, O, 2)
+    is_outside = ((cells < 0) | (cells >= limits[:, :, None])).any(dim=-1)
     # Exact in float64: ties are ties.
-    distance = (grid.centers(cells) - points[:, None]).square().sum(dim=-1)
-    distance.masked_fill_(is_outside, float("inf"))
-    distance, order = distance.sort(dim=1, stable=True)
-    distance, order = distance[:, :topk], order[:, :topk]
-    return cells.gather(1, order[..., None].expand(-1, -1, 2)), distance.isfinite()
+    away = (cells * stride[:, None]).add_(first[:, None]).sub_(points[:, :, None])
+    distance = away.square_().sum(dim=-1).masked_fill_(is_outside, float("inf"))
+    distance, order = distance.sort(dim=-1, stable=True)
+    distance, order = distance[..., :topk], order[..., :topk]
+    return cells.gather(2, order[..., None].expand(*order.shape, 2)), distance.isfinite()
 
 
 def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .assigner import Assignment
 from .box_distribution import aligned_iou, bbox_to_distance, distance_to_bbox
 from .box_representation import BoxRepresentation, GeneralDistribution
 from .distributed import all_reduce_mean
-from .locations import Locations, Positives, fill_padding
+from .locations import Locations, Positives, fill_padding, to_device
 from .losses import giou_loss
 from .quality import JointQuality, Quality
 
@@ -56,10 +56,6 @@ class Targets(NamedTuple):
     def without_padding(self, levels: Sequence[Tensor], value: float) -> list[Tensor]:
         """Maps of shape (N, X, Hi, Wi) with ``value`` in the padding, and no gradient there."""
         return [fill_padding(*level, value) for level in zip(levels, self.valid_sizes)]
-
-    def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values of the positives, shape (P, ...), level by level."""
-        return values.split([len(positives.image) for positives in self.positives])
 
     def mask(self, values: Tensor) -> Tensor:
         """Values of shape (P,) with 0 for what is not real."""
@@ -159,26 +155,28 @@ class GFLCriterion:
         Returns:
             Targets: gradients flow through ``predictions`` and ``boxes`` only.
         """
-        positives, boxes_index, centers, strides = [], [], [], []
-        for level, (grid, (_, width)) in enumerate(zip(locations.grids, locations.sizes)):
-            box, location, is_real = assignment.of_level(level)
-            location = location - locations.starts[level]
-            row, column = location.div(width, rounding_mode="floor"), location % width
-            positives.append(Positives(assignment.image[box], row, column, is_real))
-            boxes_index.append(box)
-            cells = torch.stack((column, row), dim=1).to(assignment.boxes)
-            centers.append(grid.centers(cells) / grid.stride)
-            strides.append(cells.new_full((len(cells), 1), grid.stride))
-        index, centers = torch.cat(boxes_index), torch.cat(centers)
+        level, box, location, is_real, counts = assignment.positives()
+        # What the level of each has.
+        widths = [width for _, width in locations.sizes]
+        strides = [(grid.stride, grid.first) for grid in locations.grids]
+        device, dtype = location.device, assignment.boxes.dtype
+        width, start = to_device(list(zip(widths, locations.starts)), device)[level].unbind(dim=1)
+        stride, first = to_device(strides, device, dtype)[level].split(1, dim=1)
 
+        location = location - start
+        row = location.div(width, rounding_mode="floor")
+        column = location - row * width
+        parts = (x.split(counts) for x in (assignment.image[box], row, column, is_real))
+        positives = [Positives(*of_level) for of_level in zip(*parts)]
+        centers = (torch.stack((column, row), dim=1) * stride + first) / stride
+        gt_boxes = assignment.boxes[box] / stride
         pos_predictions = torch.cat([p.take(x) for p, x in zip(positives, predictions.boxes)])
         boxes = distance_to_bbox(centers, self.box.decode(pos_predictions))
-        gt_boxes = assignment.boxes[index] / torch.cat(strides)
         return Targets(
             positives=positives,
             valid_sizes=list(zip(*locations.valid_sizes)),
-            is_real=torch.cat([p.is_real for p in positives]),
-            labels=gt_classes[index],
+            is_real=is_real,
+            labels=gt_classes[box],
             predictions=pos_predictions,
             boxes=boxes,
             gt_boxes=gt_boxes,

@@ -20,63 +20,81 @@ _BLOCK = 2**16
 
 
 def quality_focal_loss_sum(
-    logits: Tensor,
-    positives: Positives,
+    logits: Sequence[Tensor],
+    positives: Sequence[Positives],
     labels: Tensor,
     quality: Tensor,
     beta: float = 2.0,
-    valid_sizes: Sequence[tuple[int, int]] | None = None,
+    valid_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> Tensor:
     """
     What :func:`gfl_d2.modeling.quality_focal_loss` sums up to, computed with its gradient in one
-    pass over the map and in little memory: the loss of a background everywhere, corrected at the
+    pass over the maps and in little memory: the loss of a background everywhere, corrected at the
     positives.
 
     Args:
-        logits: shape (N, C, H, W).
-        positives: P locations.
+        logits: of each of L levels, shape (N, C, Hi, Wi).
+        positives: of each level; P locations over all levels.
         labels: shape (P,), int64 in [0, C): their classes.
         quality: shape (P,), in [0, 1], their targets.
         beta: as of :func:`quality_focal_loss`.
-        valid_sizes: N times (height, width): the part of each map that counts. All by default.
+        valid_sizes: L times N times (height, width): the part of each map that counts. All by
+            default.
 
     Returns:
         Tensor: a scalar, float32 or better. Its gradient cannot be differentiated again.
     """
-    return _QualityFocalLossSum.apply(logits, *positives, labels, quality, beta, valid_sizes)
+    if valid_sizes is None:
+        valid_sizes = [[maps.shape[2:]] * len(maps) for maps in logits]
+    return _QualityFocalLossSum.apply(positives, labels, quality, beta, valid_sizes, *logits)
 
 
 class _QualityFocalLossSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, *args) -> Tensor:
-        loss, ctx.grad = _loss_and_gradient(logits, *args)
-        # In case that it is asked for again: the gradient is given away.
-        ctx.save_for_backward(logits)
-        ctx.args = args
+    def forward(ctx, *args) -> Tensor:
+        *ctx.args, logits = args[:5] + (args[5:],)
+        loss, ctx.grads = _loss_and_gradients(*ctx.args, logits)
+        # In case that they are asked for again: the gradients are given away.
+        ctx.save_for_backward(*logits)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        (logits,) = ctx.saved_tensors
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            _, grad = _loss_and_gradient(logits, *ctx.args)
-        return (grad.mul_(grad_output).to(logits.dtype), *([None] * len(ctx.args)))
+        logits = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, grads = _loss_and_gradients(*ctx.args, logits)
+        grads = [grad.mul_(grad_output).to(x.dtype) for grad, x in zip(grads, logits)]
+        return *([None] * len(ctx.args)), *grads
 
 
-def _loss_and_gradient(
-    logits, image, row, column, is_real, labels, quality, beta, valid_sizes
-) -> tuple[Tensor, Tensor]:
-    total, grad = _background(logits, beta, valid_sizes)
-    index = (image, labels, row, column)
-    loss, grad_at = _positive_minus_background(full_precision(logits[index]), quality, beta)
-    grad.index_put_(index, torch.where(is_real, grad_at, 0), accumulate=True)
-    return total + torch.where(is_real, loss, 0).sum(), grad
+def _loss_and_gradients(
+    positives: Sequence[Positives],
+    labels: Tensor,
+    quality: Tensor,
+    beta: float,
+    valid_sizes: Sequence[Sequence[tuple[int, int]]],
+    logits: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Of all levels, the gradients in float32 or better."""
+    parts = labels.split([len(p.image) for p in positives])
+    indices = [(p.image, label, p.row, p.column) for p, label in zip(positives, parts)]
+    at = torch.cat([full_precision(maps[index]) for maps, index in zip(logits, indices)])
+    loss, grad_at = _positive_minus_background(at, quality, beta)
+    is_real = torch.cat([p.is_real for p in positives])
+    total = torch.where(is_real, loss, 0).sum()
+    grads_at = torch.where(is_real, grad_at, 0).split([len(p.image) for p in positives])
+    grads = []
+    for maps, sizes, index, grad_at in zip(logits, valid_sizes, indices, grads_at):
+        loss, grad = _background(maps, beta, sizes)
+        total += loss
+        grads.append(grad.index_put_(index, grad_at, accumulate=True))
+    return total, grads
 
 
 def _background(
-    logits: Tensor, beta: float, valid_sizes: Sequence[tuple[int, int]] | None
+    logits: Tensor, beta: float, valid_sizes: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
     """Sum of the loss with a target of 0, and its gradient, in float32 or better."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -98,11 +116,10 @@ def _background(
 
 
 def _regions(
-    logits: Tensor, grad: Tensor, valid_sizes: Sequence[tuple[int, int]] | None
+    logits: Tensor, grad: Tensor, sizes: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of the logits and of their gradient that cover what is valid."""
-    num_images, num_classes, height, width = logits.shape
-    sizes = [(height, width)] * num_images if valid_sizes is None else valid_sizes
+    num_classes = logits.shape[1]
     if needs_fixed_shapes(logits):
         yield fill_padding(logits, sizes, NO_LOSS_LOGIT), grad
         return
@@ -119,11 +136,11 @@ def _positive_minus_background(x: Tensor, quality: Tensor, beta: float) -> tuple
     """The difference of the loss with target ``quality`` from that with 0, and its gradient."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        losses = [
-            quality_focal_loss(x[:, None], labels, target.to(x), beta)[:, 0]
-            for target in (quality, torch.zeros_like(quality))
-        ]
-        difference = losses[0] - losses[1]
+        # One class, twice.
+        targets = torch.stack((quality.to(x), torch.zeros_like(x))).flatten()
+        labels = torch.zeros_like(targets, dtype=torch.int64)
+        losses = quality_focal_loss(x.repeat(2)[:, None], labels, targets, beta)
+        positive, background = losses[:, 0].chunk(2)
+        difference = positive - background
         (grad,) = torch.autograd.grad(difference.sum(), x)
     return difference.detach(), grad

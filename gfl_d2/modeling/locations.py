@@ -185,22 +185,22 @@ def needs_fixed_shapes(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def to_device(values: Sequence, device: torch.device) -> Tensor:
+def to_device(values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """
-    Integers as int64, not to be changed; on a GPU without waiting for it. Those of late are kept,
+    Numbers as a tensor, not to be changed; on a GPU without waiting for it. Those of late are kept,
     so that a step that is captured in a CUDA graph, after others of the same sizes, copies nothing.
     """
-    return _to_device(_as_tuple(values), device)
+    return _to_device(_as_tuple(values), device, dtype)
 
 
 @functools.lru_cache(maxsize=1024)
-def _to_device(values: tuple, device: torch.device) -> Tensor:
+def _to_device(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # it will be used elsewhere, too
-        values = torch.tensor(values, dtype=torch.int64)
+        values = torch.tensor(values, dtype=dtype)
         if device.type != "cuda":
             return values.to(device)
         return values.pin_memory().to(device, non_blocking=True)
 
 
-def _as_tuple(values: Sequence | int) -> tuple | int:
-    return values if isinstance(values, int) else tuple(map(_as_tuple, values))
+def _as_tuple(values: Sequence | float) -> tuple | float:
+    return values if isinstance(values, (int, float)) else tuple(map(_as_tuple, values))

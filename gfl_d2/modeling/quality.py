@@ -134,15 +134,13 @@ class JointQuality(Quality):
         return self._losses(predictions.logits, targets)
 
     def _losses(self, logits: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
-        loss = sum(
-            quality_focal_loss_sum(maps, positives, labels, iou, self.beta, valid_sizes)
-            for maps, positives, labels, iou, valid_sizes in zip(
-                logits,
-                targets.positives,
-                targets.split(targets.labels),
-                targets.split(targets.iou),
-                targets.valid_sizes,
-            )
+        loss = quality_focal_loss_sum(
+            logits,
+            targets.positives,
+            targets.labels,
+            targets.iou,
+            self.beta,
+            targets.valid_sizes,
         )
         best = targets.take([maps.detach() for maps in logits]).amax(dim=1)
         return {"loss_qfl": self.weight * loss}, full_precision(best).sigmoid()
