@@ -52,10 +52,11 @@ def add_gfl_config(cfg: CN) -> None:
     # Train under autocast to bfloat16, where the CPU or GPU has it (float32 elsewhere). It needs no
     # gradient scaling, unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
     cfg.SOLVER.BF16 = False
-    # Memory format of weights and feature maps: convolutions are faster on CPUs and, in half
-    # precision, on GPUs.
+    # Memory format of weights and feature maps, in which convolutions on a CPU are faster, and
+    # tensor cores work. (Not measured on a GPU yet: False is PyTorch's own.)
     cfg.SOLVER.CHANNELS_LAST = True
-    # As TEST.COMPILE, for training.
+    # As TEST.COMPILE, for training. CUDA graphs are kept for each size of images: with many,
+    # "default" is the one.
     cfg.SOLVER.COMPILE = ""
 
     # Start every residual block as the identity, by a zero scale in its last normalization: for

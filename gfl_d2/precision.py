@@ -7,7 +7,15 @@ import functools
 import torch
 from torch import Tensor, nn
 
-__all__ = ["autocast_in_training", "compile_parts", "full_precision", "has_fast_bfloat16"]
+from .errors import InputError
+
+__all__ = [
+    "autocast_in_training",
+    "begin_step",
+    "compile_parts",
+    "full_precision",
+    "has_fast_bfloat16",
+]
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -51,13 +59,32 @@ def autocast_in_training(model: nn.Module, device_type: str, dtype: torch.dtype)
 
 def compile_parts(model: nn.Module, mode: str) -> None:
     """
-    Compile backbone and head, when they are first called. The rest works on few values.
+    Compile backbone and head, when they are first called. What follows them is left as it is: its
+    shapes depend on values.
 
     Args:
         model: a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector`. Changed in
             place; its parameters and their names are not.
         mode: of :func:`torch.compile`; "" for not at all.
+
+    Raises:
+        InputError: this version of PyTorch cannot compile modules in place.
     """
-    if mode:
-        for part in (model.backbone, model.head):
-            part.compile(mode=mode)
+    if not mode:
+        return
+    if not hasattr(model, "compile"):
+        raise InputError(
+            f"TEST.COMPILE and SOLVER.COMPILE need PyTorch >= 2.2: {torch.__version__}"
+        )
+    for part in (model.backbone, model.head):
+        part.compile(mode=mode)
+    model.register_forward_pre_hook(begin_step)
+
+
+def begin_step(*_: object) -> None:
+    """
+    Tell what runs as CUDA graphs that outputs of before are done with: those of the backbone, which
+    are the head's input, are not, until the model is called again.
+    """
+    if hasattr(torch, "compiler") and hasattr(torch.compiler, "cudagraph_mark_step_begin"):
+        torch.compiler.cudagraph_mark_step_begin()

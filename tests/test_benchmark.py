@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from scripts import ROOT, load_script
 
 benchmarking = load_script("tools/benchmarking.py")
 benchmark = load_script("tools/benchmark.py")
+OTHERS = ("retinanet", "fcos")
 SMALL = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
 
 
@@ -86,7 +88,8 @@ def test_what_does_not_run_is_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmarking.FCOS, "forward_training", fail)
     report = run(monkeypatch, tmp_path, "train", "--skip", "RetinaNet")
     assert list(report["results"]) == ["GFL"]
-    assert "FCOS is left out: not in this precision" in capsys.readouterr().out
+    assert report["left_out"] == {"FCOS": "RuntimeError: not in this precision"}
+    assert "FCOS is left out: RuntimeError: not in this precision" in capsys.readouterr().out
 
 
 def test_compiled_models(monkeypatch, tmp_path):
@@ -100,6 +103,13 @@ def test_compiled_models(monkeypatch, tmp_path):
     assert compiled == [("FPN", "default"), ("GFLHead", "default")]
 
 
+def test_changed_options(monkeypatch, tmp_path):
+    skip = ["--skip", "RetinaNet", "FCOS"]
+    report = run(monkeypatch, tmp_path, "train", *skip, "--opts", "MODEL.GFL.NUM_CONVS", "0")
+    changed = "GFL MODEL.GFL.NUM_CONVS 0"
+    assert list(report["results"]) == ["GFL", changed]
+
+
 def test_assignment(monkeypatch, tmp_path):
     report = run(monkeypatch, tmp_path, "assign", "--batch", "2")
     assert list(report["results"]) == ["arithmetic", "plain"]
@@ -110,16 +120,39 @@ def test_skip_and_others(monkeypatch, tmp_path):
     assert list(report["results"]) == ["GFL", "gfl_R_18_FPN_demo"]
 
 
-def test_threshold_lets_as_many_candidates_pass_as_asked_for():
-    work = benchmarking.Workload(size=(64, 96), boxes=0, classes=5)
-    inputs = benchmarking.make_inputs(work)
-    model = benchmarking.build_gfl(work, SMALL).eval()
-    torch.manual_seed(0)
-    benchmarking.set_threshold(model, inputs, 37)
-    torch.manual_seed(0)
-    logits = benchmarking.predict(model, inputs)[2][0]
-    scores = torch.cat([maps.flatten() for maps in logits]).sigmoid()
-    assert (scores > model.test_score_thresh).sum() == 37
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda work: benchmarking.build_gfl(work, SMALL, is_training=False),
+        lambda work: benchmarking.build_gfl(work, SMALL, opts=["MODEL.GFL.QUALITY", "dgqp"]),
+        lambda work: benchmarking.build_gfl(work, SMALL, opts=["MODEL.GFL.QUALITY", "iou"]),
+        benchmarking.build_retinanet,
+        benchmarking.build_fcos,
+    ],
+)
+def test_as_many_candidates_as_asked_for(monkeypatch, build, batch):
+    """What passes the threshold in the very run that is timed."""
+    counts = []
+    for module in ("gfl_d2.modeling.gfl", *map("detectron2.modeling.meta_arch.{}".format, OTHERS)):
+        nms = importlib.import_module(module).batched_nms
+
+        def spy(boxes, *args, nms=nms):
+            counts.append(len(boxes))
+            return nms(boxes, *args)
+
+        monkeypatch.setattr(f"{module}.batched_nms", spy)
+    work = benchmarking.Workload(size=(64, 96), batch=batch, boxes=0, classes=5, candidates=37)
+    model, inputs = build(work), benchmarking.make_inputs(work)
+    for mode in ("infer", "post"):
+        step = benchmarking.MODES[mode](model, inputs, work)
+        for _ in range(2):  # the first run has changed nothing
+            benchmarking.prepare(step)
+            counts.clear()
+            step()
+            # GFL drops boxes that lie outside of the image.
+            assert len(counts) == batch
+            assert 30 * batch <= sum(counts) <= 37 * batch
 
 
 def test_both_assignments_are_the_same():

@@ -110,7 +110,7 @@ def test_folded_convolutions_under_autocast():
     assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("is_folded", [False, True])
 def test_fused_norms_change_nothing(norm, block, is_folded):

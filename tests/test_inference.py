@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from gfl_d2 import load_config
 from gfl_d2.errors import InputError
 from gfl_d2.inference import Predictor, prepare_for_inference
-from gfl_d2.modeling.convolutions import PackedConv2d
-from gfl_d2.precision import has_fast_bfloat16
+from gfl_d2.modeling.convolutions import FrozenNormConv2d, PackedConv2d
+from gfl_d2.precision import compile_parts, has_fast_bfloat16
 from scripts import ROOT
 
 CONFIGS = {
@@ -112,6 +112,37 @@ def test_compiled_parts_are_used(monkeypatch):
     assert compiled == [(model.backbone, "default"), (model.head, "default")]
     scores = model([{"image": torch.ones(3, 64, 96)}])[0]["instances"].scores
     assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_what_is_compiled_gives_the_same(monkeypatch, is_training):
+    """Traced by PyTorch's compiler, but run as it is."""
+
+    def trace(self, mode):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    frozen = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.ZERO_INIT_RESIDUAL", False)
+    cfg = load("gfl_R_18_FPN_bccd", *frozen, "TEST.COMPILE", "default")
+    model = build(cfg)
+    compiled = copy.deepcopy(model)
+    if is_training:
+        assert any(isinstance(module, FrozenNormConv2d) for module in compiled.modules())
+        compile_parts(compiled, "default")
+    else:
+        prepare_for_inference(cfg, compiled)
+    results = []
+    for m in (model, compiled):
+        images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+        with torch.set_grad_enabled(is_training):
+            features = m.backbone(images)
+            maps = [x for part in m.head(list(features.values())) for x in part]
+        if is_training:
+            maps += torch.autograd.grad(sum(x.sin().sum() for x in maps), list(m.parameters()))
+        results.append(maps)
+    assert m.backbone._compiled_call_impl is not None
+    for actual, expected in zip(*results):
+        assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_predictor_detects_as_detectron2s():

@@ -18,8 +18,10 @@ random; the score threshold of each model is set so that `--candidates` pairs pa
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +38,6 @@ from benchmarking import (
     build_retinanet,
     describe_machine,
     make_inputs,
-    make_step,
     measure,
     print_table,
 )
@@ -49,40 +50,33 @@ VARIED = {
 }
 
 
-def make_steps(args: argparse.Namespace, work: Workload) -> dict[str, Step]:
-    """Each subject, in each precision."""
+def list_subjects(args: argparse.Namespace, work: Workload) -> dict[str, Callable[[], Step]]:
+    """What makes the step of each, in each precision."""
     inputs = make_inputs(work)
     if args.mode == "assign":
         steps = assign_steps(build_gfl(work, args.config_file), inputs)
-        return {name: step for name, step in steps.items() if name not in args.skip}
-    steps = {}
-    for precision in args.precision:
-        of_precision = replace(work, precision=precision)
-        suffix = f" {precision}" if len(args.precision) > 1 else ""
-        for name, (build, has_autocast) in list_subjects(args, of_precision).items():
-            if name in args.skip:
-                continue
-            steps[name + suffix] = make_step(args.mode, build(), inputs, of_precision, has_autocast)
-    return steps
-
-
-def list_subjects(args: argparse.Namespace, work: Workload) -> dict:
-    """What builds each, and whether it runs under autocast in a lower precision."""
+        return {name: lambda s=step: s for name, step in steps.items() if name not in args.skip}
     is_training = args.mode in ("train", "loss")
     configs = {"GFL": args.config_file, **{Path(path).stem: path for path in args.others}}
-    subjects = {}
-    for name, path in configs.items():
-        options = {"work": work, "config_file": path, "is_training": is_training}
-        subjects[name] = (lambda options=options: build_gfl(**options), is_training)
+    builders = {
+        name: functools.partial(build_gfl, config_file=path, is_training=is_training)
+        for name, path in configs.items()
+    }
     if args.compile:
-        subjects["GFL compiled"] = (
-            lambda: build_gfl(
-                work, args.config_file, is_training=is_training, compile_mode=args.compile
-            ),
-            is_training,
-        )
-    subjects["RetinaNet"] = (lambda: build_retinanet(work), True)
-    subjects["FCOS"] = (lambda: build_fcos(work), True)
+        builders["GFL compiled"] = functools.partial(builders["GFL"], compile_mode=args.compile)
+    if args.opts:
+        name = " ".join(["GFL", *args.opts])
+        builders[name] = functools.partial(builders["GFL"], opts=args.opts)
+    builders.update({"RetinaNet": build_retinanet, "FCOS": build_fcos})
+    subjects = {}
+    for precision in args.precision:
+        here = replace(work, precision=precision)
+        suffix = f" {precision}" if len(args.precision) > 1 else ""
+        for name, build in builders.items():
+            if name not in args.skip:
+                subjects[name + suffix] = functools.partial(
+                    lambda build, here: MODES[args.mode](build(here), inputs, here), build, here
+                )
     return subjects
 
 
@@ -93,6 +87,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--others", nargs="*", default=[], help="more configs to compare")
     parser.add_argument("--skip", nargs="*", default=[], help="subjects to leave out, e.g. FCOS")
     parser.add_argument("--compile", default="", metavar="MODE", help="GFL by torch.compile, too")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="GFL with these changes, too"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, nargs=2, default=[480, 640], help="height and width")
     parser.add_argument("--batch", type=int, default=1)
@@ -125,18 +122,24 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in {**machine, **settings}.items()))
 
     name, *values = args.vary or [None, None]
-    results = {}
+    results, failures = {}, {}
     for value in values:
         changed = work if name is None else replace(work, **{name: VARIED[name](int(value))})
         suffix = "" if name is None else f", {name} {value}"
         try:
-            steps = make_steps(args, changed)
+            subjects = list_subjects(args, changed)
+            measured = measure(subjects, args.device, args.repeats, args.warmup)
         except InputError as error:
             sys.exit(f"Error: {error}")
-        measured = measure(steps, args.device, args.repeats, args.warmup)
-        results.update({f"{subject}{suffix}": x for subject, x in measured.items()})
+        for part, whole in zip(measured, (results, failures)):
+            whole.update({f"{subject}{suffix}": x for subject, x in part.items()})
         if args.json:  # what there is, should a later value fail
-            report = {"machine": machine, "settings": settings, "results": results}
+            report = {
+                "machine": machine,
+                "settings": settings,
+                "results": results,
+                "left_out": failures,
+            }
             args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print_table(results)
 

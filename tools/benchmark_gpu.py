@@ -26,15 +26,17 @@ from pathlib import Path
 
 import torch
 from benchmarking import (
+    MODES,
     Step,
     Workload,
     build_fcos,
     build_gfl,
     build_retinanet,
     describe_machine,
+    forward_parts,
     make_inputs,
-    make_step,
     measure,
+    prepare,
     print_table,
 )
 from detectron2.structures import Instances, pairwise_iou
@@ -45,8 +47,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-
-from gfl_d2.modeling import GFL
 
 # Name, precision of the workload, and whether float32 may round to TF32.
 PRECISIONS = {
@@ -84,13 +84,17 @@ def make_weights(classes: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def run_parts(model: GFL, inputs: list[dict]) -> tuple[list[Tensor], list[Tensor], list[Instances]]:
-    """Logits, boxes and detections."""
-    images = model.preprocess_image(inputs)
-    features = model.backbone(images.tensor)
-    features = [features[name] for name in model.head_in_features]
-    predictions = model.head(features)
-    return *predictions, model.forward_inference(images, features, predictions)
+def make_mixed_inputs(work: Workload) -> list[dict]:
+    """Images of which the first is the largest, so that the others have padding."""
+    inputs = make_inputs(work)
+    height, width = work.size
+    size = (height * 3 // 4, width * 2 // 3)
+    for x in inputs[1:]:
+        gt = Instances(size, **x["instances"].get_fields())
+        gt.gt_boxes.clip(size)
+        x["instances"] = gt[gt.gt_boxes.nonempty()]
+        x["image"] = x["image"][:, : size[0], : size[1]]
+    return inputs
 
 
 def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -113,12 +117,13 @@ def fraction_found(detections: Instances, expected: Instances) -> float:
 @torch.no_grad()
 def check_inference(work: Workload) -> dict[str, dict[str, float]]:
     """In each precision, against float32 on the CPU."""
-    weights, inputs = make_weights(work.classes), make_inputs(work)
+    weights, inputs = make_weights(work.classes), make_mixed_inputs(work)
 
     def run(work):
         model = build_gfl(work, is_training=False, weights=weights)
         model.test_score_thresh = 0.02
-        return run_parts(model, inputs)
+        parts = forward_parts(model, inputs)
+        return *parts[2], model.forward_inference(*parts)
 
     expected = run(replace(work, device="cpu", precision="fp32"))
     result = {}
@@ -143,7 +148,7 @@ def check_training(work: Workload) -> dict[str, float]:
         here = replace(work, device=device, precision="fp32")
         model = build_gfl(here, weights=make_weights(work.classes)).train()
         with EventStorage(), tf32(False):
-            losses = model(make_inputs(here))
+            losses = model(make_mixed_inputs(here))
             sum(losses.values()).backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         results.append((list(losses.values()), grads))
@@ -156,29 +161,10 @@ def check_training(work: Workload) -> dict[str, float]:
     }
 
 
-def prepare_loss(work: Workload) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
-    """Losses and gradients as a function of nothing but the predictions, and these."""
-    model = build_gfl(work, weights=make_weights(work.classes)).train()
-    inputs = make_inputs(work)
-    images = model.preprocess_image(inputs)
-    with torch.no_grad():
-        features = model.backbone(images.tensor)
-        features = [features[name] for name in model.head_in_features]
-        predictions = model.head(features)
-    maps = [x.requires_grad_() for levels in predictions for x in levels]
-    gt_instances = [x["instances"] for x in inputs]
-
-    def compute():
-        with EventStorage():
-            losses = model.forward_training(images, features, predictions, gt_instances)
-        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), maps)]
-
-    return compute, maps
-
-
 def check_synchronization(work: Workload) -> dict[str, int]:
     """That nothing between the head's outputs and their gradients waits for the GPU."""
-    compute, _ = prepare_loss(work)
+    model = build_gfl(work, weights=make_weights(work.classes))
+    compute = MODES["loss"](model, make_mixed_inputs(work), work)
     for _ in range(3):  # what is kept for later has been copied
         compute()
     torch.cuda.synchronize()
@@ -192,7 +178,8 @@ def check_synchronization(work: Workload) -> dict[str, int]:
 
 def check_graph(work: Workload) -> dict[str, float]:
     """Replays of a CUDA graph, for other predictions than those that it was captured with."""
-    compute, maps = prepare_loss(work)
+    model = build_gfl(work, weights=make_weights(work.classes))
+    compute = MODES["loss"](model, make_mixed_inputs(work), work)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -203,7 +190,7 @@ def check_graph(work: Workload) -> dict[str, float]:
     with torch.cuda.graph(graph):
         captured = compute()
     with torch.no_grad():
-        for x in maps:
+        for x in compute.maps:
             x.add_(torch.randn_like(x))
     graph.replay()
     return {"error of losses and gradients": relative_error(captured, compute())}
@@ -213,7 +200,7 @@ def check_graph(work: Workload) -> dict[str, float]:
 
 
 def measure_ceilings(device: str, side: int) -> dict[str, float]:
-    """Bytes a second of a large copy, operations a second of large products; of random values."""
+    """Bytes a second of large copies, operations a second of large products; of random values."""
     x = torch.randn(side, side, device=device)
     y = torch.empty_like(x)
     seconds = time_of(lambda: y.copy_(x), device)
@@ -226,9 +213,16 @@ def measure_ceilings(device: str, side: int) -> dict[str, float]:
     return result
 
 
-def time_of(step: Step, device: str) -> float:
-    """Median, in seconds."""
-    return measure({"": step}, device, repeats=10, warmup=3)[""]["median_ms"] / 1e3
+def time_of(step: Step, device: str, times: int = 10) -> float:
+    """Median, in seconds, of one of several in a row."""
+
+    def repeat():
+        for _ in range(times):
+            step()
+
+    repeat.prepare = functools.partial(prepare, step)
+    results, _ = measure({"": lambda: repeat}, device, repeats=5, warmup=2)
+    return results[""]["median_ms"] / 1e3 / times
 
 
 # Models side by side.
@@ -236,17 +230,22 @@ def time_of(step: Step, device: str) -> float:
 
 def compare(
     mode: str, work: Workload, repeats: int, variants: dict[str, dict] | None = None, others=True
-) -> dict[str, dict]:
+) -> dict[str, dict | str]:
     """GFL and its variants, which are options of :func:`build_gfl`, RetinaNet and FCOS."""
+    torch._dynamo.reset()  # sizes seen before would make it compile for any
     is_training, inputs = mode in ("train", "loss"), make_inputs(work)
-    steps = {}
-    for name, options in {"GFL": {}, **(variants or {})}.items():
-        model = build_gfl(work, is_training=is_training, **options)
-        steps[name] = make_step(mode, model, inputs, work, has_autocast=is_training)
+    builders = {
+        name: functools.partial(build_gfl, is_training=is_training, **options)
+        for name, options in {"GFL": {}, **(variants or {})}.items()
+    }
     if others:
-        for name, build in {"RetinaNet": build_retinanet, "FCOS": build_fcos}.items():
-            steps[name] = make_step(mode, build(work), inputs, work)
-    return measure(steps, work.device, repeats, warmup=3)
+        builders.update({"RetinaNet": build_retinanet, "FCOS": build_fcos})
+    makers = {
+        name: functools.partial(lambda build: MODES[mode](build(work), inputs, work), build)
+        for name, build in builders.items()
+    }
+    results, failures = measure(makers, work.device, repeats, warmup=3)
+    return {**results, **failures}
 
 
 # Where does the time go?
@@ -276,15 +275,16 @@ def break_down(step: Step, work: Workload, ceilings: dict[str, float]) -> dict[s
         time; time of kernels and their number; and two floors: operations of convolutions over the
         rate of products, bytes that they read and write over the rate of a copy.
     """
-    result = measure({"": step}, work.device, repeats=10, warmup=3)[""]
-    result = {"ms": result["median_ms"]}
+    result = {"ms": 1e3 * time_of(step, work.device, times=1)}
     if work.device.startswith("cuda"):
+        prepare(step)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             step()
             torch.cuda.synchronize()
         kernels = [x for x in profiler.events() if x.device_type == DeviceType.CUDA]
         result["kernels ms"] = sum(x.time_range.elapsed_us() for x in kernels) / 1e3
         result["kernels"] = len(kernels)
+    prepare(step)
     with FlopCounterMode(display=False) as flops, ConvolutionBytes() as moved:
         step()
     name = {"fp32": "TF32", "bf16": "bfloat16", "fp16": "float16"}[work.precision]
@@ -296,11 +296,9 @@ def break_down(step: Step, work: Workload, ceilings: dict[str, float]) -> dict[s
 @torch.no_grad()
 def break_down_inference(work: Workload, ceilings: dict[str, float]) -> dict[str, dict]:
     model, inputs = build_gfl(work, is_training=False), make_inputs(work)
-    step = make_step("infer", model, inputs, work, has_autocast=False)
-    post = make_step("post", model, inputs, work, has_autocast=False)
-    images = model.preprocess_image(inputs)
-    x = images.tensor.to(model.head.cls_score.weight.dtype)
-    features = [model.backbone(x)[name] for name in model.head_in_features]
+    step, post = (MODES[mode](model, inputs, work) for mode in ("infer", "post"))
+    images, features, _ = forward_parts(model, inputs)
+    x = images.tensor.to(features[0].dtype)
     parts = {
         "preprocessing": lambda: model.preprocess_image(inputs),
         "ResNet": lambda: model.backbone.bottom_up(x),
@@ -315,9 +313,11 @@ def break_down_inference(work: Workload, ceilings: dict[str, float]) -> dict[str
 def break_down_training(work: Workload, ceilings: dict[str, float]) -> dict[str, dict]:
     """Forward and backward of each part."""
     model, inputs = build_gfl(work), make_inputs(work)
-    step = make_step("train", model, inputs, work)
-    loss = make_step("loss", build_gfl(work), inputs, work)
-    images = model.preprocess_image(inputs).tensor
+    step = MODES["train"](model, inputs, work)
+    loss = MODES["loss"](build_gfl(work), inputs, work)
+    with torch.no_grad(), work.autocast():
+        images, features, _ = forward_parts(model, inputs)
+    features = [x.requires_grad_() for x in features]
 
     def run(part, *inputs):
         def run_and_back():
@@ -327,12 +327,9 @@ def break_down_training(work: Workload, ceilings: dict[str, float]) -> dict[str,
 
         return run_and_back
 
-    with torch.no_grad(), work.autocast():
-        features = [model.backbone(images)[name] for name in model.head_in_features]
-    features = [x.requires_grad_() for x in features]
     parts = {
-        "ResNet": run(model.backbone.bottom_up, images),
-        "ResNet and FPN": run(model.backbone, images),
+        "ResNet": run(model.backbone.bottom_up, images.tensor),
+        "ResNet and FPN": run(model.backbone, images.tensor),
         "head": run(model.head, features),
         "loss": loss,
         "all, with optimizer": step,
@@ -365,6 +362,8 @@ class Report:
             reason = f"{type(error).__name__}: {error}"
             self.content["left_out"].append(f"{title}: {reason}")
             print(f"left out: {reason}")
+        for name in [name for name, x in result.items() if isinstance(x, str)]:
+            self.content["left_out"].append(f"{title}, {name}: {result.pop(name)}")
         self.content[title] = result
         if self.path:
             self.path.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
@@ -384,7 +383,7 @@ def show(result: dict) -> None:
     for name, value in result.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {x:.4g}" for k, x in value.items())
-        print(f"{name:24} {value if isinstance(value, str) else f'{value:.4g}'}")
+        print(f"{name:24} {value if isinstance(value, str) else format(value, '.4g')}")
 
 
 def parse_args() -> argparse.Namespace:

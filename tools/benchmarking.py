@@ -21,18 +21,21 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from gfl_d2 import load_config
 from gfl_d2.engine import Trainer
+from gfl_d2.errors import InputError
 from gfl_d2.inference import prepare_for_inference
 from gfl_d2.modeling import GFL, aligned_iou
-from gfl_d2.precision import compile_parts
+from gfl_d2.precision import begin_step, compile_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 GFL_CONFIG = str(ROOT / "configs" / "gfl_R_50_FPN_1x.yaml")
 RETINANET = "model_zoo/configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
+# What is timed. What has to be done before each time is in an attribute ``prepare``, if anything.
 Step = Callable[[], object]
 
 
@@ -53,6 +56,11 @@ class Workload:
             return nullcontext()
         dtype = getattr(torch, PRECISIONS[self.precision])
         return torch.autocast(torch.device(self.device).type, dtype)
+
+    def autocast_of(self, model: nn.Module) -> AbstractContextManager:
+        """For a model at inference: nothing, if its weights are in lower precision already."""
+        is_low = next(model.head.parameters()).dtype != torch.float32
+        return nullcontext() if is_low else self.autocast()
 
 
 # Models. Weights are random.
@@ -145,38 +153,71 @@ def make_inputs(work: Workload) -> list[dict]:
     return inputs
 
 
-def predict(model: DenseDetector, inputs: list[dict]):
-    """Images, features and predictions of the head, with logits spread as of a trained model."""
+def forward_parts(model: DenseDetector, inputs: list[dict]):
+    """Images, features and predictions of the head."""
+    begin_step()
     images = model.preprocess_image(inputs)
-    with torch.no_grad():
-        features = model.backbone(images.tensor)
-        features = [features[name] for name in model.head_in_features]
-        predictions = tuple([x.clone() for x in maps] for maps in model.head(features))
-        for maps in predictions[0]:
-            maps.add_(torch.randn_like(maps))
-    return images, features, predictions
+    features = model.backbone(images.tensor)
+    features = [features[name] for name in model.head_in_features]
+    return images, features, model.head(features)
 
 
+@torch.no_grad()
+def spread_logits(model: DenseDetector, inputs: list[dict]) -> None:
+    """Scale the classifier for logits as of a trained model: with a standard deviation of 1."""
+    logits = forward_parts(model, inputs)[2][0]
+    std = torch.cat([maps.flatten() for maps in logits]).float().std()
+    model.head.cls_score.weight.div_(std)
+
+
+@torch.no_grad()
 def set_threshold(model: DenseDetector, inputs: list[dict], candidates: int) -> None:
-    """The score threshold that ``candidates`` (location, class) pairs of an image pass."""
-    logits = predict(model, inputs[:1])[2][0]
-    scores = torch.cat([maps.flatten() for maps in logits]).float().sigmoid()
-    model.test_score_thresh = float(scores.sort(descending=True).values[candidates])
+    """The score threshold that ``candidates`` (location, class) pairs an image pass, on average."""
+    logits, _, *quality = forward_parts(model, inputs)[2]
+    if isinstance(model, GFL):
+        logits = map(model.head.quality.score_logits, logits, *(quality or [[None] * len(logits)]))
+    scores = [maps.float().sigmoid() for maps in logits]
+    if isinstance(model, FCOS):
+        scores = [(x * y.float().sigmoid()).sqrt() for x, y in zip(scores, quality[0])]
+    scores = torch.cat([x.flatten() for x in scores]).sort(descending=True).values
+    model.test_score_thresh = float(scores[candidates * len(inputs)])
 
 
 def infer_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
     """From image tensors to detections."""
     model.eval()
-    set_threshold(model, inputs, work.candidates)
-    return torch.no_grad()(lambda: model(inputs))
+    with work.autocast_of(model):
+        spread_logits(model, inputs)
+    with work.autocast_of(model):  # again, as it keeps the weights that it has rounded
+        set_threshold(model, inputs, work.candidates)
+
+    @torch.no_grad()
+    def step():
+        with work.autocast_of(model):
+            return model(inputs)
+
+    return step
 
 
 def post_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
     """Post-processing alone."""
-    model.eval()
-    set_threshold(model, inputs, work.candidates)
-    images, features, predictions = predict(model, inputs)
-    return torch.no_grad()(lambda: model.forward_inference(images, features, predictions))
+    infer_step(model, inputs, work)
+    with torch.no_grad(), work.autocast_of(model):
+        images, features, predictions = forward_parts(model, inputs)
+
+    copies = []
+
+    def prepare():
+        # Detectron2's FCOS changes its predictions in place.
+        copies[:] = ([x.clone() for x in maps] for maps in predictions)
+
+    @torch.no_grad()
+    def step():
+        with work.autocast_of(model):
+            return model.forward_inference(images, features, copies)
+
+    step.prepare = prepare
+    return step
 
 
 def train_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
@@ -184,62 +225,53 @@ def train_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
-    scaler = torch.amp.GradScaler(work.device, enabled=work.precision == "fp16")
+    scaler = torch.amp.GradScaler(work.device) if work.precision == "fp16" else None
 
     def step():
         optimizer.zero_grad()
-        with EventStorage():
+        with EventStorage(), work.autocast():
             loss = sum(model(inputs).values())
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
     return step
 
 
 def loss_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
-    """What follows the head in training, forward and backward to the predictions."""
+    """
+    What follows the head in training, forward and backward to the predictions. The step gives
+    the losses and these gradients.
+    """
     model.train()
-    images, features, predictions = predict(model, inputs)
+    with work.autocast():
+        spread_logits(model, inputs)
+    with torch.no_grad(), work.autocast():
+        images, features, predictions = forward_parts(model, inputs)
     maps = [x.requires_grad_() for levels in predictions for x in levels]
     gt_instances = [x["instances"] for x in inputs]
 
     def step():
-        with EventStorage():
+        with EventStorage(), work.autocast():
             losses = model.forward_training(images, features, predictions, gt_instances)
-        torch.autograd.grad(sum(losses.values()), maps)
+        losses = list(losses.values())
+        return [*losses, *torch.autograd.grad(sum(losses), maps)]
 
+    step.maps = maps
     return step
 
 
 MODES = {"infer": infer_step, "train": train_step, "loss": loss_step, "post": post_step}
 
 
-def make_step(
-    mode: str, model: DenseDetector, inputs: list[dict], work: Workload, has_autocast: bool = True
-) -> Step:
-    """
-    Args:
-        mode: one of ``MODES``.
-        model: does the work.
-        inputs: of :func:`make_inputs`.
-        work: what there is to do.
-        has_autocast: False for a model that is itself in the precision of ``work``.
-    """
-    context = work.autocast if has_autocast else nullcontext
-    with context():
-        step = MODES[mode](model, inputs, work)
-
-    def run():
-        with context():
-            return step()
-
-    return run
-
-
 def assign_steps(model: GFL, inputs: list[dict]) -> dict[str, Step]:
     """Assignment alone, by arithmetic and as it is usually written."""
-    images, features, _ = predict(model, inputs)
+    with torch.no_grad():
+        images, features, _ = forward_parts(model, inputs)
     locations = model._locations(features, images.image_sizes)
     boxes = [x["instances"].gt_boxes.tensor for x in inputs]
     anchors = make_anchors(locations, boxes[0].device)
@@ -286,28 +318,32 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def can_run(name: str, step: Step) -> bool:
-    """Run once. Not every model has every precision."""
-    try:
-        step()
-    except RuntimeError as error:
-        print(f"{name} is left out: {error}".splitlines()[0])
-        return False
-    return True
-
-
 def measure(
-    steps: dict[str, Step], device: str, repeats: int, warmup: int
-) -> dict[str, dict[str, float | list[float] | None]]:
+    makers: dict[str, Callable[[], Step]], device: str, repeats: int, warmup: int
+) -> tuple[dict[str, dict[str, float | list[float] | None]], dict[str, str]]:
     """
-    Times and memory of those steps that run at all.
+    Times and memory of those steps that can be made, and run. Not every model has every precision.
 
     Returns:
-        of each step ``median_ms``, ``q1_ms``, ``q3_ms``, ``times_ms`` and ``peak_mib``.
+        results (dict): of each step ``median_ms``, ``q1_ms``, ``q3_ms``, ``times_ms`` and
+            ``peak_mib``.
+        failures (dict): of each other why there are none.
     """
-    steps = {name: step for name, step in steps.items() if can_run(name, step)}
+    steps, failures = {}, {}
+    for name, make in makers.items():
+        try:
+            step = make()
+            prepare(step)
+            step()
+        except InputError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{name} is left out: {failures[name]}")
+        else:
+            steps[name] = step
     times = measure_times(steps, device, repeats, warmup)
-    return {
+    results = {
         name: {
             **summarize(times[name]),
             "peak_mib": measure_memory(step, device),
@@ -315,6 +351,7 @@ def measure(
         }
         for name, step in steps.items()
     }
+    return results, failures
 
 
 def measure_times(
@@ -324,6 +361,7 @@ def measure_times(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(warmup + repeats):
         for name, step in steps.items():
+            prepare(step)
             synchronize(device)
             start = time.perf_counter()
             step()
@@ -335,8 +373,13 @@ def measure_times(
     return times
 
 
+def prepare(step: Step) -> None:
+    getattr(step, "prepare", lambda: None)()
+
+
 def measure_memory(step: Step, device: str) -> float | None:
     """Peak of what one run needs beyond what is there before, in MiB; None if it cannot be told."""
+    prepare(step)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -372,7 +415,8 @@ def summarize(times: list[float]) -> dict[str, float]:
 
 def describe_machine(device: str) -> dict[str, str]:
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
+        tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"
+        name = f"{torch.cuda.get_device_name()}, TF32 of convolutions {tf32}"
     else:
         cpu_info = Path("/proc/cpuinfo")
         text = cpu_info.read_text() if cpu_info.is_file() else ""
@@ -389,6 +433,8 @@ def describe_machine(device: str) -> dict[str, str]:
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """Times are relative to the first row's."""
+    if not results:
+        return
     first = next(iter(results.values()))["median_ms"]
     print(f"{'':32}{'ratio':>8}{'median ms':>12}{'quartiles':>20}{'peak MiB':>10}")
     for name, x in results.items():

@@ -33,7 +33,7 @@ class Assignment(NamedTuple):
     image: Tensor  # (M,), int64, of the box
     location: Tensor  # (M, K), int64 in [0, R)
     is_positive: Tensor  # (M, K), bool
-    num_levels: int  # L; of the candidates, as many are on each, level by level
+    num_levels: int  # L; the candidates are K / L on each, level by level
 
     def positives(self) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         """
@@ -107,8 +107,8 @@ class ATSSAssigner:
                 image, shape (M, 1), and number, shape (M, K). Not needed here.
         """
         gt = torch.cat(gt_boxes)
-        image = to_device(
-            [i for i, boxes in enumerate(gt_boxes) for _ in range(len(boxes))], gt.device
+        image = torch.arange(len(gt_boxes), device=gt.device).repeat_interleave(
+            to_device([len(boxes) for boxes in gt_boxes], gt.device), output_size=len(gt)
         )
         location, centers, sizes, is_candidate = self._candidates(locations, gt, image)
         anchors = torch.cat((centers - sizes / 2, centers + sizes / 2), dim=-1)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["FrozenNormConv2d", "PackedConv2d", "fold_frozen_norms", "fuse_norms", "pack_convs"]
 
@@ -51,7 +52,8 @@ def fuse_norms(model: nn.Module) -> None:
     """
     for conv in model.modules():
         norm = getattr(conv, "norm", None)
-        if not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)) or norm.training:
+        is_frozen = isinstance(norm, FrozenBatchNorm2d)
+        if not is_frozen and (not isinstance(norm, _BatchNorm) or norm.training):
             continue
         scale, bias = _affine(norm, conv.bias)
         weight = conv.weight * scale[:, None, None, None]
@@ -63,7 +65,7 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def _affine(
-    norm: FrozenBatchNorm2d | nn.BatchNorm2d, conv_bias: Tensor | None
+    norm: FrozenBatchNorm2d | _BatchNorm, conv_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Scale and bias, shape (C,) each, of a convolution's output by its bias and norm."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -75,7 +77,8 @@ class PackedConv2d(nn.Conv2d):
     """
     A convolution for inference on a CPU: its weights are arranged once as oneDNN reads them, rather
     than at each call, and a ReLU, or a sum and a ReLU, is computed on the way out. Where gradients
-    are recorded it is a plain one.
+    are recorded it is a plain one. Autocast does not see it. Weights may be loaded later, by
+    ``load_state_dict``, but not behind PyTorch's back (``weight.data.copy_``).
     """
 
     # The weights as oneDNN has them, and what they were made of.

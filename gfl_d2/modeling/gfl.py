@@ -209,8 +209,8 @@ class GFL(DenseDetector):
 
     def _log(self, diagnostics: dict[str, Tensor]) -> None:
         """
-        Put scalars into the event storage. Those of a GPU come one iteration late: it is not waited
-        for. A step that is captured in a CUDA graph logs nothing.
+        Put scalars into the event storage. A GPU is not waited for: its scalars come one iteration
+        late, or not at all if it is even later. What is captured in a CUDA graph logs nothing.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
@@ -241,11 +241,12 @@ class GFL(DenseDetector):
         candidates = self._candidates(Predictions(*predictions), images.image_sizes)
         # Boxes that lay in the padding have no area left, when they are clipped.
         keep = (candidates.scores > 0) & Boxes(candidates.boxes).nonempty()
-        boxes, scores, classes, image = (x[keep] for x in candidates)
+        (kept,) = keep.nonzero(as_tuple=True)
         # Image by image, in the same order.
-        image, order = image.sort(stable=True)
-        counts = image.bincount(minlength=len(images)).tolist()
-        parts = (x[order].split(counts) for x in (boxes, scores, classes))
+        image, order = candidates.image[kept].sort(stable=True)
+        numbers = torch.arange(len(images), device=image.device)[:, None]
+        counts = (image == numbers).sum(dim=1).tolist()
+        parts = (x[kept[order]].split(counts) for x in candidates[:3])
         return [
             self._suppress(Instances(size, pred_boxes=Boxes(b), scores=s, pred_classes=c))
             for size, b, s, c in zip(images.image_sizes, *parts)

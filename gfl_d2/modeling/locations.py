@@ -187,8 +187,9 @@ def needs_fixed_shapes(x: Tensor) -> bool:
 
 def to_device(values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """
-    Numbers as a tensor, not to be changed; on a GPU without waiting for it. Those of late are kept,
-    so that a step that is captured in a CUDA graph, after others of the same sizes, copies nothing.
+    Numbers as a tensor, not to be changed; on a GPU without waiting for it. The last thousand are
+    kept, so that a step that is captured in a CUDA graph, after others with the same numbers,
+    copies nothing. Its replays need them: not after a thousand others.
     """
     return _to_device(_as_tuple(values), device, dtype)
 
