@@ -55,6 +55,7 @@ def prepare_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
             part.to(dtype)
         model.backbone.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
     if cfg.TEST.OPTIMIZE and device_type == "cpu" and not cfg.TEST.COMPILE:
-        pack_convs(model)
+        pack_convs(model.backbone)
+        pack_convs(model.head, num_sizes=len(model.head_in_features))
     compile_parts(model, cfg.TEST.COMPILE)
     return model

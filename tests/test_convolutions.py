@@ -148,9 +148,10 @@ def test_packed_convolutions_give_the_same(block):
     assert not any(kind in ("Conv2d", block.__name__) for kind in kinds)
     for x in (images(), images()[:1, :, :32, :64]):
         with torch.no_grad():
-            expected, actual = model(x), packed(x)
+            expected, (first, actual) = model(x), (packed(x), packed(x))
         recorded = packed(x.requires_grad_())
         for key in expected:
+            assert_close(first[key], expected[key], rtol=1e-4, atol=1e-4)
             assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-4)
             assert_close(recorded[key], expected[key], rtol=1e-4, atol=1e-4)
             assert recorded[key].requires_grad
@@ -167,7 +168,9 @@ def test_one_packed_convolution(norm, activation, options):
         expected = conv(x)
         pack_convs(conv)
         assert type(conv) is PackedConv2d
-        assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
+        for _ in range(3):
+            assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
+        assert [packed.is_mkldnn for packed in conv._packed.values()] == [True]
         assert_close(conv(x.to(memory_format=torch.channels_last)), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -179,12 +182,29 @@ def test_packed_weights_follow_the_weights():
             parameter.normal_()
         pack_convs(conv)
         x = torch.randn(1, 8, 6, 6)
-        conv(x)
+        conv(x), conv(x)
         conv.load_state_dict(other.state_dict())
-        assert_close(conv(x), other(x), rtol=1e-5, atol=1e-5)
+        for _ in range(2):
+            assert_close(conv(x), other(x), rtol=1e-5, atol=1e-5)
         conv.weight.data = conv.weight.data * 2
         other.weight.data = other.weight.data * 2
-        assert_close(conv(x), other(x), rtol=1e-5, atol=1e-5)
+        for _ in range(2):
+            assert_close(conv(x), other(x), rtol=1e-5, atol=1e-5)
+
+
+@needs_packing
+def test_weights_are_packed_for_each_size(monkeypatch):
+    """When it comes again, as long as it is one of the latest."""
+    conv, packed = make_conv(""), []
+    pack_convs(conv, num_sizes=2)
+    pack = torch._C._nn.mkldnn_reorder_conv2d_weight
+    monkeypatch.setattr(
+        torch._C._nn, "mkldnn_reorder_conv2d_weight", lambda *a: packed.append(a[-1]) or pack(*a)
+    )
+    with torch.no_grad():
+        for n in (6, 7, 6, 7, 6, 7, 8, 7, 8, 6):
+            conv(torch.ones(1, 8, n, n))
+    assert packed == [(1, 8, n, n) for n in (6, 7, 8)]
 
 
 @needs_packing
@@ -194,8 +214,11 @@ def test_packed_convolutions_can_be_copied(copied):
     pack_convs(conv)
     x = torch.randn(1, 8, 6, 6)
     with torch.no_grad():
+        conv(x)
         expected = conv(x)
-        assert torch.equal(copied(conv)(x), expected)
+        copy_of_conv = copied(conv)
+        copy_of_conv(x)
+        assert torch.equal(copy_of_conv(x), expected)
 
 
 @needs_packing
@@ -203,10 +226,10 @@ def test_packing_in_inference_mode():
     conv = make_conv("")
     expected = conv(torch.ones(1, 8, 6, 6)).detach()
     pack_convs(conv)
-    with torch.inference_mode():
-        assert_close(conv(torch.ones(1, 8, 6, 6)), expected, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        assert_close(conv(torch.ones(1, 8, 6, 6)), expected, rtol=1e-5, atol=1e-5)
+    for context in (torch.inference_mode, torch.no_grad):
+        with context():
+            for _ in range(2):
+                assert_close(conv(torch.ones(1, 8, 6, 6)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_the_operators_nothing_is_packed(monkeypatch):

@@ -75,14 +75,17 @@ def _affine(
 
 class PackedConv2d(nn.Conv2d):
     """
-    A convolution for inference on a CPU: its weights are arranged once as oneDNN reads them, rather
-    than at each call, and a ReLU, or a sum and a ReLU, is computed on the way out. Where gradients
-    are recorded it is a plain one. Autocast does not see it. Weights may be loaded later, by
-    ``load_state_dict``, but not behind PyTorch's back (``weight.data.copy_``).
+    A convolution for inference on a CPU. Where inputs of a size come again, its weights are
+    arranged for them once, as oneDNN reads them, rather than at each call, and a ReLU, or a sum and
+    a ReLU, is computed on the way out. Where sizes are always others, or gradients are recorded, it
+    is a plain one. Autocast does not see it. Weights may be loaded later, by ``load_state_dict``,
+    but not behind PyTorch's back (``weight.data.copy_``).
     """
 
-    # The weights as oneDNN has them, and what they were made of.
-    _packed: tuple[Tensor, tuple] | None = None
+    # Set by pack_convs. Of the latest sizes of the input: the weights as oneDNN has them, or None
+    # where it has come but once; and how many these are.
+    _packed: dict[tuple, Tensor | None]
+    _num_sizes: int
 
     def forward(self, x: Tensor) -> Tensor:
         norm, activation = getattr(self, "norm", None), getattr(self, "activation", None)
@@ -102,35 +105,38 @@ class PackedConv2d(nn.Conv2d):
         return self._convolve(x, other, has_relu=True)
 
     def _convolve(self, x: Tensor, other: Tensor | None = None, has_relu: bool = False) -> Tensor:
-        settings = self.padding, self.stride, self.dilation, self.groups
-        if torch.is_grad_enabled():
-            padding, stride, dilation, groups = settings
-            out = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
-            out = out if other is None else out + other
-            return out.relu() if has_relu else out
+        packed = None if torch.is_grad_enabled() else self._packed_weight(x)
+        if packed is None:
+            x = self._conv_forward(x, self.weight, self.bias)
+            x = x if other is None else x.add_(other)
+            return x.relu_() if has_relu else x
         x = x.contiguous(memory_format=torch.channels_last)
-        weight, unary = self._packed_weight(x), "relu" if has_relu else "none"
-        run = torch.ops.mkldnn._convolution_pointwise
+        settings = self.padding, self.stride, self.dilation, self.groups
+        run, unary = torch.ops.mkldnn._convolution_pointwise, "relu" if has_relu else "none"
         if other is None:
-            return run(x, weight, self.bias, *settings, unary, [], "")
-        return run.binary(x, other, weight, self.bias, *settings, "add", None, unary, [], "")
+            return run(x, packed, self.bias, *settings, unary, [], "")
+        return run.binary(x, other, packed, self.bias, *settings, "add", None, unary, [], "")
 
-    def _packed_weight(self, x: Tensor) -> Tensor:
+    def _packed_weight(self, x: Tensor) -> Tensor | None:
         weight = self.weight.detach()
-        # Weights may be loaded or moved later.
-        state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
-        if self._packed is None or self._packed[1] != state:
+        # Weights may be loaded or moved later. An arrangement for another size can be slower than
+        # none, and to make one takes longer than to do without.
+        version = 0 if weight.is_inference() else weight._version
+        key = x.shape, weight.data_ptr(), weight.dtype, version
+        if key not in self._packed:
+            while len(self._packed) >= self._num_sizes:
+                del self._packed[next(iter(self._packed))]
+            self._packed[key] = None
+        elif self._packed[key] is None:
             settings = self.padding, self.stride, self.dilation, self.groups
-            # The best arrangement depends on the size of the input, but hardly.
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            self._packed[key] = torch._C._nn.mkldnn_reorder_conv2d_weight(
                 weight.to_mkldnn(), *settings, x.shape
             )
-            self._packed = packed, state
-        return self._packed[0]
+        return self._packed[key]
 
     def __getstate__(self) -> dict:
         # What oneDNN holds cannot be copied, and is made anew.
-        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+        return {**self.__dict__, "_packed": {}}
 
 
 class PackedBasicBlock(BasicBlock):
@@ -149,12 +155,13 @@ class PackedBottleneckBlock(BottleneckBlock):
         return self.conv3.add_relu(self.conv2.relu(self.conv1.relu(x)), shortcut)
 
 
-def pack_convs(model: nn.Module) -> None:
+def pack_convs(model: nn.Module, num_sizes: int = 1) -> None:
     """
     Make each convolution a :class:`PackedConv2d`. Nothing is done where PyTorch has no oneDNN.
 
     Args:
         model: on a CPU, after :func:`fuse_norms`. Changed in place, but for its parameters.
+        num_sizes: of the input of each convolution, for which its weights are kept.
     """
     if not (torch.backends.mkldnn.is_available() and _has_packing()):
         return
@@ -162,6 +169,7 @@ def pack_convs(model: nn.Module) -> None:
         has_zeros = getattr(conv, "padding_mode", None) == "zeros"
         if type(conv) in (nn.Conv2d, Conv2d) and has_zeros and not isinstance(conv.padding, str):
             conv.__class__ = PackedConv2d
+            conv._packed, conv._num_sizes = {}, num_sizes
     blocks = {BasicBlock: PackedBasicBlock, BottleneckBlock: PackedBottleneckBlock}
     for block in model.modules():
         if type(block) in blocks and all(map(_is_bare, block.children())):
