@@ -45,8 +45,8 @@ def prepare_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
     device_type = next(model.parameters()).device.type
     if cfg.TEST.OPTIMIZE:
         fuse_norms(model)
-    is_channels_last = cfg.TEST.OPTIMIZE
-    model.to(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+    memory_format = torch.channels_last if cfg.TEST.OPTIMIZE else torch.contiguous_format
+    model.to(memory_format=memory_format)
     dtype = _DTYPES[cfg.TEST.PRECISION]
     if dtype == torch.bfloat16 and not has_fast_bfloat16(device_type):
         logger.warning("TEST.PRECISION: no bfloat16 on this machine, using float32.")

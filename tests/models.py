@@ -86,3 +86,15 @@ def gfl_on_features(
 def split(targets: Targets, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Values of the positives, shape (P, ...), level by level."""
     return values.split([len(positives.image) for positives in targets.positives])
+
+
+def randomize_norms(model: torch.nn.Module) -> torch.nn.Module:
+    """In eval mode, with statistics and affine parameters of BatchNorms as of a trained model."""
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.1)
+    return model.eval()

@@ -150,9 +150,9 @@ def test_as_many_candidates_as_asked_for(monkeypatch, build, batch):
             benchmarking.prepare(step)
             counts.clear()
             step()
-            # GFL drops boxes that lie outside of the image.
+            # GFL drops boxes that lie outside of the image; rounding may add one or two.
             assert len(counts) == batch
-            assert 30 * batch <= sum(counts) <= 37 * batch
+            assert 30 * batch <= sum(counts) <= 37 * batch + 2
 
 
 def test_both_assignments_are_the_same():

@@ -21,24 +21,13 @@ from gfl_d2.modeling.convolutions import (
     fuse_norms,
     pack_convs,
 )
+from models import randomize_norms
 
 BLOCKS = {BasicBlock: {}, BottleneckBlock: {"bottleneck_channels": 16, "num_groups": 4}}
 
 needs_packing = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN"
 )
-
-
-def randomize(model):
-    """Statistics of norms as of a trained model."""
-    for module in model.modules():
-        if hasattr(module, "running_var"):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-            with torch.no_grad():
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(std=0.1)
-    return model.eval()
 
 
 def make_backbone(norm="FrozenBN", block=BottleneckBlock):
@@ -52,14 +41,14 @@ def make_backbone(norm="FrozenBN", block=BottleneckBlock):
         ),
     ]
     resnet = ResNet(BasicStem(out_channels=16, norm=norm), stages, out_features=["res2", "res3"])
-    return randomize(FPN(resnet, ["res2", "res3"], 32, norm=norm))
+    return randomize_norms(FPN(resnet, ["res2", "res3"], 32, norm=norm))
 
 
 def make_conv(norm="FrozenBN", bias=True, activation=None, **options):
     torch.manual_seed(0)
     norm = get_norm(norm, 32)
     conv = Conv2d(8, 32, 3, padding=1, bias=bias, norm=norm, activation=activation, **options)
-    return randomize(conv)
+    return randomize_norms(conv)
 
 
 def images(dtype=torch.float32):

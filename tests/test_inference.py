@@ -16,6 +16,7 @@ from gfl_d2.errors import InputError
 from gfl_d2.inference import Predictor, prepare_for_inference
 from gfl_d2.modeling.convolutions import FrozenNormConv2d, PackedConv2d
 from gfl_d2.precision import compile_parts, has_fast_bfloat16
+from models import randomize_norms
 from scripts import ROOT
 
 CONFIGS = {
@@ -36,17 +37,8 @@ def load(name, *opts):
 
 
 def build(cfg):
-    """With statistics of norms as of a trained model."""
     torch.manual_seed(0)
-    model = build_model(cfg).eval()
-    for module in model.modules():
-        if hasattr(module, "running_var"):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-            with torch.no_grad():
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(std=0.1)
-    return model
+    return randomize_norms(build_model(cfg))
 
 
 def outputs(model, size=(96, 128)):

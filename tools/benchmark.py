@@ -12,7 +12,8 @@ Time and peak memory of GFL beside Detectron2's RetinaNet and FCOS, in one proce
 `infer` is everything from the image tensor to detections, `train` a step with backward pass and
 optimizer, `loss` what follows the head, forward and backward, `assign` the assignment (against the
 plain algorithm, which computes distances to all anchors), `post` the post-processing. Weights are
-random; the score threshold of each model is set so that `--candidates` pairs pass it.
+random, classifiers scaled to logits with a standard deviation of 1, and the score threshold of each
+model set so that `--candidates` pairs of an image pass it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from benchmarking import (
     build_retinanet,
     describe_machine,
     make_inputs,
+    make_step,
     measure,
     print_table,
 )
@@ -74,9 +76,8 @@ def list_subjects(args: argparse.Namespace, work: Workload) -> dict[str, Callabl
         suffix = f" {precision}" if len(args.precision) > 1 else ""
         for name, build in builders.items():
             if name not in args.skip:
-                subjects[name + suffix] = functools.partial(
-                    lambda build, here: MODES[args.mode](build(here), inputs, here), build, here
-                )
+                make = functools.partial(make_step, args.mode, build, inputs, here)
+                subjects[name + suffix] = make
     return subjects
 
 

@@ -35,6 +35,7 @@ from benchmarking import (
     describe_machine,
     forward_parts,
     make_inputs,
+    make_step,
     measure,
     prepare,
     print_table,
@@ -241,7 +242,7 @@ def compare(
     if others:
         builders.update({"RetinaNet": build_retinanet, "FCOS": build_fcos})
     makers = {
-        name: functools.partial(lambda build: MODES[mode](build(work), inputs, work), build)
+        name: functools.partial(make_step, mode, build, inputs, work)
         for name, build in builders.items()
     }
     results, failures = measure(makers, work.device, repeats, warmup=3)

@@ -268,6 +268,12 @@ def loss_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
 MODES = {"infer": infer_step, "train": train_step, "loss": loss_step, "post": post_step}
 
 
+def make_step(
+    mode: str, build: Callable[[Workload], DenseDetector], inputs: list[dict], work: Workload
+) -> Step:
+    return MODES[mode](build(work), inputs, work)
+
+
 def assign_steps(model: GFL, inputs: list[dict]) -> dict[str, Step]:
     """Assignment alone, by arithmetic and as it is usually written."""
     with torch.no_grad():
