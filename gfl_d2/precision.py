@@ -74,7 +74,8 @@ def compile_parts(model: nn.Module, mode: str) -> None:
         return
     if not hasattr(model, "compile"):
         raise InputError(
-            f"TEST.COMPILE and SOLVER.COMPILE need PyTorch >= 2.2: {torch.__version__}"
+            "TEST.COMPILE and SOLVER.COMPILE need a PyTorch that has torch.nn.Module.compile, "
+            f"this is {torch.__version__}"
         )
     for part in (model.backbone, model.head):
         part.compile(mode=mode)

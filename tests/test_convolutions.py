@@ -25,9 +25,7 @@ from models import randomize_norms
 
 BLOCKS = {BasicBlock: {}, BottleneckBlock: {"bottleneck_channels": 16, "num_groups": 4}}
 
-needs_packing = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN"
-)
+needs_packing = pytest.mark.skipif(not convolutions._can_pack(), reason="a PyTorch without oneDNN")
 
 
 def make_backbone(norm="FrozenBN", block=BottleneckBlock):
@@ -222,7 +220,7 @@ def test_packing_in_inference_mode():
 
 
 def test_without_the_operators_nothing_is_packed(monkeypatch):
-    monkeypatch.setattr(convolutions, "_has_packing", lambda: False)
+    monkeypatch.setattr(convolutions, "_can_pack", lambda: False)
     conv = make_conv("")
     pack_convs(conv)
     assert type(conv) is Conv2d

@@ -207,8 +207,7 @@ def measure_ceilings(device: str, side: int) -> dict[str, float]:
     seconds = time_of(lambda: y.copy_(x), device)
     result = {"bytes": 2 * x.numel() * x.element_size() / seconds}
     for name, (precision, is_allowed) in PRECISIONS.items():
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        a = x.to(dtype)
+        a = x.to(Workload(precision=precision).dtype)
         with tf32(is_allowed):
             result[name] = 2 * side**3 / time_of(lambda a=a: a @ a, device)
     return result

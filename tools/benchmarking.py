@@ -51,11 +51,14 @@ class Workload:
     candidates: int = 1000  # (location, class) pairs of an image that are above the threshold
     precision: str = "fp32"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, PRECISIONS[self.precision])
+
     def autocast(self) -> AbstractContextManager:
         if self.precision == "fp32":
             return nullcontext()
-        dtype = getattr(torch, PRECISIONS[self.precision])
-        return torch.autocast(torch.device(self.device).type, dtype)
+        return torch.autocast(torch.device(self.device).type, self.dtype)
 
     def autocast_of(self, model: nn.Module) -> AbstractContextManager:
         """For a model at inference: nothing, if its weights are in lower precision already."""

@@ -163,7 +163,7 @@ def pack_convs(model: nn.Module, num_sizes: int = 1) -> None:
         model: on a CPU, after :func:`fuse_norms`. Changed in place, but for its parameters.
         num_sizes: of the input of each convolution, for which its weights are kept.
     """
-    if not (torch.backends.mkldnn.is_available() and _has_packing()):
+    if not _can_pack():
         return
     for conv in model.modules():
         has_zeros = getattr(conv, "padding_mode", None) == "zeros"
@@ -185,8 +185,10 @@ def _is_relu(activation: object) -> bool:
     return isinstance(activation, nn.ReLU) or activation in (F.relu, F.relu_)
 
 
-def _has_packing() -> bool:
-    """Whether PyTorch has the operators that its own compiler uses."""
-    return hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(
-        torch._C._nn, "mkldnn_reorder_conv2d_weight"
+def _can_pack() -> bool:
+    """Whether PyTorch has oneDNN, and the operators for it that its own compiler uses."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
     )

@@ -78,13 +78,15 @@ def _loss_and_gradients(
     logits: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Of all levels, the gradients in float32 or better."""
-    parts = labels.split([len(p.image) for p in positives])
-    indices = [(p.image, label, p.row, p.column) for p, label in zip(positives, parts)]
+    counts = [len(p.image) for p in positives]
+    indices = [
+        (p.image, label, p.row, p.column) for p, label in zip(positives, labels.split(counts))
+    ]
     at = torch.cat([full_precision(maps[index]) for maps, index in zip(logits, indices)])
     loss, grad_at = _positive_minus_background(at, quality, beta)
     is_real = torch.cat([p.is_real for p in positives])
     total = torch.where(is_real, loss, 0).sum()
-    grads_at = torch.where(is_real, grad_at, 0).split([len(p.image) for p in positives])
+    grads_at = torch.where(is_real, grad_at, 0).split(counts)
     grads = []
     for maps, sizes, index, grad_at in zip(logits, valid_sizes, indices, grads_at):
         loss, grad = _background(maps, beta, sizes)

@@ -271,7 +271,7 @@ class GFL(DenseDetector):
         levels = []
         for grid, maps, boxes in zip(self.grids, logits, predictions.boxes):
             width = maps.shape[-1]
-            image, index, best = self._select(_flatten(maps).flatten(1))
+            image, index, best = self._select(maps.permute(0, 2, 3, 1).flatten(1))
             location = index.div(self.num_classes, rounding_mode="floor")
             row = location.div(width, rounding_mode="floor")
             column = location - row * width
@@ -340,8 +340,3 @@ class _Pending:
 
 def _logit(score: float) -> float:
     return math.log(score / (1 - score)) if score > 0 else -math.inf
-
-
-def _flatten(maps: Tensor) -> Tensor:
-    """From shape (N, X, H, W) to (N, H * W, X)."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2)
