@@ -23,7 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from make_dataset import make_dataset
 
 from gfl_d2.data import register_coco_format
-from gfl_d2.metrics import read_metrics
+from gfl_d2.engine import read_metrics
 from gfl_d2.visualization import draw_comparison, results_to_instances, stack_rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-from gfl_d2.precision import has_fast_bfloat16
+from gfl_d2.deploy.precision import has_fast_bfloat16
 from plain_assigner import dense
 from scripts import ROOT, load_script
 
-benchmarking = load_script("tools/benchmarking.py")
-benchmark = load_script("tools/benchmark.py")
+benchmarking = load_script("benchmarks/benchmarking.py")
+benchmark = load_script("benchmarks/benchmark.py")
 OTHERS = ("retinanet", "fcos")
 SMALL = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
 

@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from gfl_d2.precision import has_fast_bfloat16
+from gfl_d2.deploy.precision import has_fast_bfloat16
 from scripts import ROOT, load_script
 
-gpu = load_script("tools/benchmark_gpu.py")
+gpu = load_script("benchmarks/benchmark_gpu.py")
 SMALL = gpu.Workload(size=(96, 128), batch=2, boxes=3, classes=7)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

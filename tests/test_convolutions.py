@@ -13,8 +13,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import nn
 from torch.testing import assert_close
 
-from gfl_d2.modeling import convolutions
-from gfl_d2.modeling.convolutions import (
+from gfl_d2.deploy import fusing as convolutions
+from gfl_d2.deploy.fusing import (
     FrozenNormConv2d,
     PackedConv2d,
     fold_frozen_norms,

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from gfl_d2.precision import autocast_in_training
+from gfl_d2.deploy.precision import autocast_in_training
 
 
 def test_autocast_in_training():

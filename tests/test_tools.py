@@ -7,7 +7,7 @@ import cv2
 import pytest
 
 from gfl_d2 import load_config
-from gfl_d2.metrics import read_metrics
+from gfl_d2.engine import read_metrics
 from scripts import ROOT, load_script
 
 run_ablations = load_script("tools/run_ablations.py")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gfl_d2.metrics import read_metrics
+from gfl_d2.engine import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "gfl_R_18_FPN_overfit.yaml"

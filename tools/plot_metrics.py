@@ -19,7 +19,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from gfl_d2.metrics import read_metrics
+from gfl_d2.engine import read_metrics
 
 
 def plot(axes: plt.Axes, label: str, runs: list[Path], name: str, **style) -> None:

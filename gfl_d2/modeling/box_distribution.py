@@ -8,7 +8,7 @@ the (left, top, right, bottom) side of a box, in that order.
 import torch
 from torch import Tensor
 
-from ..precision import full_precision
+from .precision import full_precision
 
 __all__ = [
     "MIN_AREA",

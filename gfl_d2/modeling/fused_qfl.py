@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..precision import full_precision
+from .precision import full_precision
 from .locations import Positives, fill_padding, needs_fixed_shapes
 from .losses import quality_focal_loss
 

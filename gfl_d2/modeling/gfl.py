@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ..config import check_gfl_config
 from ..errors import InputError
-from ..precision import full_precision
+from .precision import full_precision
 from .assigner import ATSSAssigner, build_assigner
 from .box_distribution import distance_to_bbox
-from .convolutions import fold_frozen_norms
 from .criterion import GFLCriterion, Predictions
 from .head import GFLHead
 from .locations import (
@@ -109,7 +108,6 @@ class GFL(DenseDetector):
     def from_config(cls, cfg):
         check_gfl_config(cfg)
         backbone = build_backbone(cfg)
-        fold_frozen_norms(backbone)
         shapes = backbone.output_shape()
         missing = [name for name in cfg.MODEL.GFL.IN_FEATURES if name not in shapes]
         if missing:

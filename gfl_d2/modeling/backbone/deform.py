@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from ...precision import full_precision
+from ..precision import full_precision
 
 __all__ = ["DeformConv2d", "use_torchvision_deform_conv"]
 

@@ -9,8 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from torch import nn
 
-from .modeling.convolutions import fuse_norms, pack_convs
-from .precision import compile_parts, has_fast_bfloat16
+from .compilation import compile_parts
+from .fusing import fuse_norms, pack_convs
+from .precision import has_fast_bfloat16
 
 __all__ = ["Predictor", "prepare_for_inference"]
 

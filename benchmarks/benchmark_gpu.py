@@ -2,7 +2,7 @@
 """
 Everything there is to measure on a GPU, in one run of less than ten minutes.
 
-    python tools/benchmark_gpu.py --json gpu.json
+    python benchmarks/benchmark_gpu.py --json gpu.json
 
 First whether results are those of a CPU, whether training waits for the GPU, and whether the loss
 can be captured in a CUDA graph. Then what the device can do at best, inference and training of GFL,

@@ -14,12 +14,14 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from .checkpoint import GFLCheckpointer
-from .data import GFLDatasetMapper, load_training_dicts, loading
-from .precision import autocast_in_training, compile_parts, has_fast_bfloat16
+from ..checkpoint import GFLCheckpointer
+from ..data import GFLDatasetMapper, load_training_dicts, loading
+from ..deploy.compilation import compile_parts
+from ..deploy.precision import autocast_in_training, has_fast_bfloat16
+from .hooks import BestCheckpointer
 from .solver import build_optimizer
 
-__all__ = ["BestCheckpointer", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,25 +103,6 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
-
-
-class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, which remembers the best metric when training is resumed."""
-
-    def after_train(self) -> None:
-        # Training is resumed from model_final.pth. The best checkpoint, if it is saved now, counts
-        # the last iteration twice.
-        last = self._checkpointer.get_checkpoint_file()
-        super().after_train()
-        if last:
-            self._checkpointer.tag_last_checkpoint(os.path.basename(last))
-
-    def state_dict(self) -> dict:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.best_metric = state_dict["best_metric"]
-        self.best_iter = state_dict["best_iter"]
 
 
 def _has_fast_coco_eval() -> bool:

@@ -2,12 +2,12 @@
 """
 Time and peak memory of GFL beside Detectron2's RetinaNet and FCOS, in one process, taking turns.
 
-    python tools/benchmark.py infer --size 480 640 --precision fp32 bf16
-    python tools/benchmark.py train --batch 2 --boxes 10
-    python tools/benchmark.py loss --size 800 1216 --batch 2 --boxes 200
-    python tools/benchmark.py assign --size 800 1216 --batch 2 --boxes 200
-    python tools/benchmark.py post --candidates 3500
-    python tools/benchmark.py loss --skip RetinaNet FCOS --vary boxes 0 20 200 5000
+    python benchmarks/benchmark.py infer --size 480 640 --precision fp32 bf16
+    python benchmarks/benchmark.py train --batch 2 --boxes 10
+    python benchmarks/benchmark.py loss --size 800 1216 --batch 2 --boxes 200
+    python benchmarks/benchmark.py assign --size 800 1216 --batch 2 --boxes 200
+    python benchmarks/benchmark.py post --candidates 3500
+    python benchmarks/benchmark.py loss --skip RetinaNet FCOS --vary boxes 0 20 200 5000
 
 `infer` is everything from the image tensor to detections, `train` a step with backward pass and
 optimizer, `loss` what follows the head, forward and backward, `assign` the assignment (against the
