@@ -20,9 +20,9 @@ from detectron2.utils.logger import setup_logger
 from gfl_d2.checkpoint import GFLCheckpointer
 from gfl_d2.config import load_config
 from gfl_d2.data import check_datasets, register_datasets
+from gfl_d2.deploy import prepare_for_inference
 from gfl_d2.engine import Trainer
 from gfl_d2.errors import InputError, user_message
-from gfl_d2.deploy import prepare_for_inference
 
 
 def setup(args):

@@ -24,11 +24,11 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from gfl_d2 import load_config
+from gfl_d2.deploy import prepare_for_inference
+from gfl_d2.deploy.compilation import begin_step, compile_parts
 from gfl_d2.engine import Trainer
 from gfl_d2.errors import InputError
-from gfl_d2.deploy import prepare_for_inference
 from gfl_d2.modeling import GFL, aligned_iou
-from gfl_d2.deploy.compilation import begin_step, compile_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 GFL_CONFIG = str(ROOT / "configs" / "gfl_R_50_FPN_1x.yaml")

@@ -12,10 +12,9 @@ from detectron2.modeling import build_model
 from torch.testing import assert_close
 
 from gfl_d2 import load_config
-from gfl_d2.errors import InputError
-from gfl_d2.deploy import Predictor, prepare_for_inference
+from gfl_d2.deploy import Predictor, compile_parts, has_fast_bfloat16, prepare_for_inference
 from gfl_d2.deploy.fusing import FrozenNormConv2d, PackedConv2d
-from gfl_d2.deploy import compile_parts, has_fast_bfloat16
+from gfl_d2.errors import InputError
 from models import randomize_norms
 from scripts import ROOT
 

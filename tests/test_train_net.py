@@ -10,8 +10,8 @@ import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
-from gfl_d2.modeling import GFLHead
 from gfl_d2.deploy.precision import has_fast_bfloat16
+from gfl_d2.modeling import GFLHead
 from scripts import ROOT, load_script
 
 train_net = load_script("train_net.py")

@@ -21,8 +21,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from gfl_d2.config import load_config
-from gfl_d2.errors import InputError
 from gfl_d2.engine import read_metrics
+from gfl_d2.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("AP", "AP50", "AP75")

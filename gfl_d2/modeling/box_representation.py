@@ -10,9 +10,9 @@ from typing import ClassVar
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .precision import full_precision
 from .box_distribution import integral
 from .losses import distribution_focal_loss, gaussian_kl_loss
+from .precision import full_precision
 
 __all__ = [
     "BoxRepresentation",

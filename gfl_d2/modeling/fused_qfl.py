@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .precision import full_precision
 from .locations import Positives, fill_padding, needs_fixed_shapes
 from .losses import quality_focal_loss
+from .precision import full_precision
 
 __all__ = ["NO_LOSS_LOGIT", "quality_focal_loss_sum"]
 

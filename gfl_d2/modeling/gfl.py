@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..config import check_gfl_config
 from ..errors import InputError
-from .precision import full_precision
 from .assigner import ATSSAssigner, build_assigner
 from .box_distribution import distance_to_bbox
 from .criterion import GFLCriterion, Predictions
@@ -31,6 +30,7 @@ from .locations import (
     to_device,
     valid_sizes,
 )
+from .precision import full_precision
 
 __all__ = ["GFL"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import full_precision
 from .box_distribution import MIN_AREA, box_area, iou_and_union
+from .precision import full_precision
 
 __all__ = ["distribution_focal_loss", "gaussian_kl_loss", "giou_loss", "quality_focal_loss"]
 

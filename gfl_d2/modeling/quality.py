@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from .precision import full_precision
 from .fused_qfl import NO_LOSS_LOGIT, quality_focal_loss_sum
+from .precision import full_precision
 
 if TYPE_CHECKING:
     from .box_representation import BoxRepresentation
