@@ -14,9 +14,8 @@ from gfl_d2.modeling import (
     GFLCriterion,
     GFLHead,
     JointQuality,
-    LevelGrid,
+    LocationGrid,
     Quality,
-    Targets,
 )
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -54,13 +53,14 @@ def gfl_on_features(
     box: BoxRepresentation = GeneralDistribution(),
     quality: Quality = JointQuality(),
     criterion: dict | None = None,
+    size_divisibility: int = 32,
     **kwargs,
 ) -> GFL:
     """
     GFL on given features; ``criterion`` has arguments of :class:`GFLCriterion`, ``kwargs`` go to
     :class:`GFL`.
     """
-    backbone = GivenFeatures(features)
+    backbone = GivenFeatures(features, size_divisibility)
     shapes = backbone.output_shape()
     names = list(shapes)
     return GFL(
@@ -74,18 +74,13 @@ def gfl_on_features(
             quality=quality,
         ),
         head_in_features=names,
-        grids=[LevelGrid(shapes[name].stride, 0.0, 8 * shapes[name].stride) for name in names],
+        grid=LocationGrid([shapes[name].stride for name in names]),
         assigner=kwargs.pop("assigner", ATSSAssigner(topk=9)),
         criterion=GFLCriterion(box=box, quality=quality, **(criterion or {})),
         pixel_mean=[0.0, 0.0, 0.0],
         pixel_std=[1.0, 1.0, 1.0],
         **kwargs,
     )
-
-
-def split(targets: Targets, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Values of the positives, shape (P, ...), level by level."""
-    return values.split([len(positives.image) for positives in targets.positives])
 
 
 def randomize_norms(model: torch.nn.Module) -> torch.nn.Module:

@@ -5,8 +5,6 @@ with C class channels and with the C + 1 of its release, whose last has no posit
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -15,20 +13,23 @@ from torch.testing import assert_close
 
 from gfl_d2.modeling import (
     DistributionGuidedQuality,
+    GroundTruth,
     JointQuality,
     Predictions,
+    collect_samples,
     distance_to_bbox,
     distribution_focal_loss,
     giou_loss,
     integral,
     quality_focal_loss,
-    quality_focal_loss_sum,
 )
-from gfl_d2.modeling.locations import valid_mask
-from models import gfl_on_features, split
+from models import gfl_on_features
 from reference_data import assert_close_to_largest, case, load
 
 LEVELS = range(5)
+# The reference searches the padding of a batch, and ours does not. With this divisibility of the
+# input, all of the padding counts as the images' own.
+WITH_PADDING = {"size_divisibility": 256}
 V2 = ["gfl_v2_head", "gfl_v2_head_released_channels"]
 CASES = [
     *(("gfl_head_train", name) for name in ("both", "one_empty", "none")),
@@ -152,55 +153,53 @@ def test_gradients(file, name):
         assert (grad.norm() - norm).abs() / largest < 1e-5, key
 
 
-def compute_targets(model, ref, name):
-    """Targets of a case, with the weights of the positives, and what they were computed from."""
-    inputs = batch(ref, name)
-    images = model.preprocess_image(inputs)
-    features = model.backbone.features
-    predictions = Predictions(*model.head(features))
-    locations = model._locations(features, images.image_sizes)
-    assignment = model.assigner(locations, [ref[f"{name}/gt_boxes_{i}"] for i in range(2)])
-    classes = torch.cat([ref[f"{name}/gt_labels_{i}"] for i in range(2)])
-    targets = model.criterion.targets(predictions, locations, assignment, classes)
-    _, weights = model.head.quality.losses(predictions, targets)
-    return predictions, targets, weights
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("file", "name"), CASES)
-def test_targets(file, name):
+def test_samples(file, name):
     """Everything that the losses are computed from, and the losses of each level."""
     ref = load(file)
     model = reference_model(ref)
-    predictions, targets, weights = compute_targets(model, ref, name)
-    logits = predictions.logits
-    if predictions.quality is not None:
-        logits = map(model.head.quality.score_logits, logits, predictions.quality)
+    inputs = batch(ref, name)
+    predictions = Predictions(*model.head(model.backbone.features))
+    levels = model.levels(predictions, ref["image_sizes"])
+    gt = GroundTruth.from_instances([x["instances"] for x in inputs])
+    matches = model.assigner(levels, gt)
+    samples = collect_samples(predictions, levels, matches, gt, model.head.box)
+    weights = model.head.quality.box_weights(samples)
+    all_weights = samples.mask(weights).sum()
     if f"{name}/pos_weight_sum" in ref:
-        assert_close(weights.sum(), ref[f"{name}/pos_weight_sum"], rtol=1e-5, atol=0)
-    box_norm = weights.sum().clamp(min=model.criterion.box_normalizer_min)
+        assert_close(all_weights, ref[f"{name}/pos_weight_sum"], rtol=1e-5, atol=0)
+    box_norm = all_weights.clamp(min=model.criterion.box_normalizer_min)
 
-    levels = zip(
-        logits,
-        targets.positives,
-        *map(
-            functools.partial(split, targets),
-            (targets.labels, targets.iou, weights, targets.boxes, targets.gt_boxes,
-             targets.gt_distances, targets.predictions),
-        ),
-    )  # fmt: skip
+    logits = predictions.class_logits
+    if predictions.quality_logits is not None:
+        logits = list(map(model.head.quality.score_logits, logits, predictions.quality_logits))
+    shape = matches.is_positive.shape
     num_pos = torch.zeros(2)
-    for i, (maps, positives, labels, iou, weights_i, boxes, gt_boxes, distances, bins) in enumerate(
-        levels
-    ):
+    for i, maps in enumerate(logits):
+        # The positives of this level.
+        is_positive = matches.is_positive[:, i]
+        image, row, column = (
+            x[is_positive]
+            for x in (
+                matches.image[:, None].expand_as(is_positive),
+                matches.row[:, i],
+                matches.column[:, i],
+            )
+        )
+        labels, iou, weight, boxes, gt_boxes, distances, bins = (
+            x.unflatten(0, shape)[:, i][is_positive]
+            for x in (samples.classes, samples.iou, weights, samples.boxes, samples.gt_boxes,
+                      samples.gt_distances, samples.box_values)
+        )  # fmt: skip
         height, width = maps.shape[2:]
-        index = (positives.image * height + positives.row) * width + positives.column
-        num_pos += torch.bincount(positives.image, minlength=2)
+        index = (image * height + row) * width + column
+        num_pos += torch.bincount(image, minlength=2)
         dense_labels = torch.full((2 * height * width,), 4)
         dense_labels[index] = labels
         quality = torch.zeros(2 * height * width)
         quality[index] = iou
-        valid = valid_mask(targets.valid_sizes[i], height, width, maps.device).flatten()
+        valid = levels.valid_mask(i).flatten()
         # The release counts its last channel as a class, and one more as background.
         assert torch.equal(dense_labels, ref[f"{name}/label_l{i}"].clamp(max=4))
         assert torch.equal(valid.float(), ref[f"{name}/label_weight_l{i}"])
@@ -210,9 +209,6 @@ def test_targets(file, name):
         dense_labels[dense_labels == 4] = model.num_classes
         loss = quality_focal_loss(flat[valid], dense_labels[valid], quality[valid])
         assert_close(loss.sum(), expected, rtol=1e-5, atol=1e-6)
-        sizes = targets.valid_sizes[i]
-        loss = quality_focal_loss_sum([maps], [positives], labels, iou, valid_sizes=[sizes])
-        assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
         assert (len(index) > 0) == (f"{name}/pos_index_l{i}" in ref)
         if len(index) == 0:
@@ -223,14 +219,14 @@ def test_targets(file, name):
         for ours, theirs in [
             (boxes, "pos_pred_box"),
             (gt_boxes, "pos_target_box"),
-            (weights_i, "pos_weight"),
+            (weight, "pos_weight"),
             (distances, "pos_dfl_target"),
         ]:
             assert_close(ours[order], ref[f"{name}/{theirs}_l{i}"], rtol=1e-5, atol=1e-5)
-        loss = 2 * (weights_i * giou_loss(boxes, gt_boxes)).sum()
+        loss = 2 * (weight * giou_loss(boxes, gt_boxes)).sum()
         assert_close(loss / box_norm, ref[f"{name}/loss_bbox_per_level"][i], rtol=1e-5, atol=0)
         loss = distribution_focal_loss(bins.reshape(-1, 17), distances.flatten())
-        loss = 0.25 * (weights_i * loss.view(-1, 4).mean(dim=1)).sum()
+        loss = 0.25 * (weight * loss.view(-1, 4).mean(dim=1)).sum()
         assert_close(loss / box_norm, ref[f"{name}/loss_dfl_per_level"][i], rtol=1e-5, atol=0)
     assert num_pos.clamp(min=1).sum() == ref[f"{name}/avg_factor_cls"]
 
@@ -239,27 +235,28 @@ def test_targets(file, name):
 def test_predictions_of_every_location():
     """Head outputs, scores and decoded boxes, and the candidates for NMS."""
     ref = load("gfl_head_predict")
-    model = reference_model(ref).eval()
-    features = model.backbone.features
-    logits, distributions = model.head(features)
+    model = reference_model(ref, **WITH_PADDING).eval()
+    predictions = Predictions(*model.head(model.backbone.features))
+    levels = model.levels(predictions, ref["image_sizes"])
     sizes = ref["image_sizes"].tolist()
-    locations = model._locations(features, sizes)
-    centers = locations.centers(torch.device("cpu")).tensor_split(locations.starts[1:-1])
-    for i in LEVELS:
-        assert_close_to_largest(logits[i], ref[f"cls_score_l{i}"], 1e-5)
-        assert_close_to_largest(distributions[i], ref[f"bbox_pred_l{i}"], 1e-5)
-        assert_close(flatten(logits[i]).sigmoid(), ref[f"score_l{i}"], rtol=1e-5, atol=1e-6)
+    for i, (height, width) in enumerate(levels.shapes):
+        logits, values = predictions.class_logits[i], predictions.box_values[i]
+        assert_close_to_largest(logits, ref[f"cls_score_l{i}"], 1e-5)
+        assert_close_to_largest(values, ref[f"bbox_pred_l{i}"], 1e-5)
+        assert_close(flatten(logits).sigmoid(), ref[f"score_l{i}"], rtol=1e-5, atol=1e-6)
+        cells = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)
+        stride = model.backbone.output_shape()[f"p{i + 3}"].stride
         for b, size in enumerate(sizes):
-            distances = integral(flatten(distributions[i])[b], 16) * model.grids[i].stride
-            boxes = Boxes(distance_to_bbox(centers[i], distances))
+            distances = integral(flatten(values)[b], 16) * stride
+            boxes = Boxes(distance_to_bbox(cells * stride, distances))
             boxes.clip(size)
             assert_close(boxes.tensor, ref[f"box_l{i}"][b], rtol=1e-5, atol=1e-3)
 
-    candidates = model._candidates(Predictions(logits, distributions), sizes)
-    is_kept = Boxes(candidates.boxes).nonempty()
+    candidates = model.candidates(predictions, ref["image_sizes"])
     for b in range(len(sizes)):
-        assert (candidates.image == b).sum() == ref[f"raw/num_per_level_{b}"].sum()
-        boxes, scores, classes, _ = (x[is_kept & (candidates.image == b)] for x in candidates)
+        boxes, scores, classes = (x[b][candidates.scores[b] > 0] for x in candidates)
+        # The reference counts those that lie in the padding, and drops them later.
+        assert len(boxes) == len(ref[f"raw/boxes_{b}"]) <= ref[f"raw/num_per_level_{b}"].sum()
         assert_close(boxes, ref[f"raw/boxes_{b}"], rtol=1e-5, atol=1e-3)
         assert_close(scores, ref[f"raw/scores_{b}"], rtol=1e-5, atol=1e-6)
         assert torch.equal(classes, ref[f"raw/labels_{b}"])
@@ -281,7 +278,7 @@ def flatten(maps):
 @torch.no_grad()
 def test_detections(file, result, settings):
     ref = load(file)
-    model = reference_model(ref, **settings).eval()
+    model = reference_model(ref, **settings, **WITH_PADDING).eval()
     sizes = ref["image_sizes"].tolist()
     outputs = model([{"image": torch.zeros(3, h, w)} for h, w in sizes])
     for b, output in enumerate(outputs):
@@ -298,10 +295,22 @@ def test_detections(file, result, settings):
 
 
 @torch.no_grad()
+def test_an_image_without_padding_has_the_detections_of_the_reference():
+    """The first one: the batch is as large as it is, up to a multiple of 32."""
+    ref = load("gfl_head_predict")
+    sizes = ref["image_sizes"].tolist()
+    first, second = reference_model(ref).eval()([{"image": torch.zeros(3, h, w)} for h, w in sizes])
+    assert torch.equal(first["instances"].pred_classes, ref["det/labels_0"])
+    assert_close(first["instances"].scores, ref["det/scores_0"], rtol=1e-5, atol=1e-6)
+    # The second one loses what lay in the padding.
+    assert not torch.equal(second["instances"].pred_classes, ref["det/labels_1"])
+
+
+@torch.no_grad()
 def test_detections_in_the_original_image():
     """Boxes are scaled to the size asked for, as by the reference before its NMS."""
     ref = load("gfl_head_predict")
-    model = reference_model(ref).eval()
+    model = reference_model(ref, **WITH_PADDING).eval()
     inputs = []
     for (height, width), scale in zip(ref["image_sizes"].tolist(), ref["scale_factors"].tolist()):
         inputs.append(

@@ -1,34 +1,28 @@
-from .assigner import Assignment, ATSSAssigner, DynamicATSSAssigner
+from .assigner import ATSSAssigner, DynamicATSSAssigner
 from .backbone import build_gfl_res2net_fpn_backbone, build_gfl_resnet_fpn_backbone
-from .box_distribution import aligned_iou, bbox_to_distance, distance_to_bbox, integral
+from .background_loss import background_loss
+from .box_ops import aligned_iou, bbox_to_distance, centerness, distance_to_bbox, integral
 from .box_representation import BoxRepresentation, DiracDelta, Gaussian, GeneralDistribution
-from .criterion import GFLCriterion, Predictions, Targets
-from .fused_qfl import quality_focal_loss_sum
+from .criterion import GFLCriterion, collect_samples
+from .focal_quality import CenternessBranch, CenternessGuided, IoUBranch, IoUGuided, NoQuality
 from .gfl import GFL
 from .head import GFLHead
-from .locations import LevelGrid, Locations, Positives
+from .locations import LocationGrid
 from .losses import (
     distribution_focal_loss,
     gaussian_kl_loss,
     giou_loss,
     quality_focal_loss,
 )
-from .quality import (
-    DistributionGuidedQuality,
-    JointQuality,
-    NoQuality,
-    Quality,
-    QualityBranch,
-    QualityGuided,
-    centerness,
-    joint_logits,
-)
+from .quality import DistributionGuidedQuality, JointQuality, Quality, joint_logits
+from .structures import GroundTruth, Levels, Matches, Predictions, Samples
 
 __all__ = [
     "GFL",
     "ATSSAssigner",
-    "Assignment",
     "BoxRepresentation",
+    "CenternessBranch",
+    "CenternessGuided",
     "DiracDelta",
     "DistributionGuidedQuality",
     "DynamicATSSAssigner",
@@ -36,21 +30,24 @@ __all__ = [
     "GFLHead",
     "Gaussian",
     "GeneralDistribution",
+    "GroundTruth",
+    "IoUBranch",
+    "IoUGuided",
     "JointQuality",
-    "LevelGrid",
-    "Locations",
+    "Levels",
+    "LocationGrid",
+    "Matches",
     "NoQuality",
-    "Positives",
     "Predictions",
     "Quality",
-    "QualityBranch",
-    "QualityGuided",
-    "Targets",
+    "Samples",
     "aligned_iou",
+    "background_loss",
     "bbox_to_distance",
     "build_gfl_res2net_fpn_backbone",
     "build_gfl_resnet_fpn_backbone",
     "centerness",
+    "collect_samples",
     "distance_to_bbox",
     "distribution_focal_loss",
     "gaussian_kl_loss",
@@ -58,5 +55,4 @@ __all__ = [
     "integral",
     "joint_logits",
     "quality_focal_loss",
-    "quality_focal_loss_sum",
 ]

@@ -5,62 +5,24 @@ of ``MODEL.GFL.ASSIGNER``.
 
 from __future__ import annotations
 
-import functools
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
-from .box_distribution import aligned_iou, bbox_to_distance
-from .locations import Locations, needs_fixed_shapes, to_device
+from ..registry import ASSIGNER_REGISTRY
+from .box_ops import aligned_iou, bbox_to_distance
+from .structures import GroundTruth, Levels, Matches
 
-__all__ = ["ATSSAssigner", "Assignment", "DynamicATSSAssigner", "build_assigner"]
+__all__ = ["ATSSAssigner", "DynamicATSSAssigner", "build_assigner"]
 
 # A location is positive only if its distance to every side of the box exceeds this, in pixels.
 _MIN_CENTER_DISTANCE = 0.01
 
 
-class Assignment(NamedTuple):
-    """
-    The candidates of each ground-truth box of a batch, and which of them are positive. A location
-    is positive for one box at most.
-
-    Shapes: M boxes over all images, in their order; K candidates per box; R locations.
-    """
-
-    boxes: Tensor  # (M, 4)
-    image: Tensor  # (M,), int64, of the box
-    location: Tensor  # (M, K), int64 in [0, R)
-    is_positive: Tensor  # (M, K), bool
-    num_levels: int  # L; the candidates are K / L on each, level by level
-
-    def positives(self) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-        """
-        All positives, level by level; on a GPU all candidates, so that no shape depends on a value.
-
-        Returns:
-            level (Tensor), box (Tensor), location (Tensor), is_positive (Tensor): shape (P,) each,
-            the first two in [0, L) and [0, M).
-            counts (list[int]): L, how many of the P are on each level.
-        """
-        # Shape (L, M, k).
-        location, is_positive = (
-            x.unflatten(1, (self.num_levels, -1)).transpose(0, 1)
-            for x in (self.location, self.is_positive)
-        )
-        level, box = (
-            torch.arange(size, device=location.device).view(shape).expand_as(location)
-            for size, shape in zip(location.shape, ((-1, 1, 1), (-1, 1)))
-        )
-        parts = level, box, location, is_positive
-        if needs_fixed_shapes(location):
-            return *(x.flatten() for x in parts), [location[0].numel()] * self.num_levels
-        counts = is_positive.sum(dim=(1, 2)).tolist()
-        return *(x[is_positive] for x in parts), counts
-
-
-class ATSSAssigner:
+@ASSIGNER_REGISTRY.register("atss")
+class ATSSAssigner(nn.Module):
     """
     The assignment rule of ATSS (Zhang et al., CVPR 2020). For each ground-truth box,
 
@@ -73,11 +35,11 @@ class ATSSAssigner:
     An anchor that is positive for several boxes goes to the one of highest IoU, the first of
     equals. A box may get no anchor. Padding takes no part.
 
-    Anchors lie on regular grids, so that the nearest are known from arithmetic. Time and memory
-    grow with the number of boxes; no shape depends on a value, and nothing waits for a GPU.
+    Anchors lie on regular grids, so the nearest are known from arithmetic. Time and memory grow
+    with the number of boxes, not with boxes times anchors. No shape depends on a value.
 
-    Shapes: N images, M ground-truth boxes over all images, L levels, R anchors over all levels, K
-    candidates per box over all levels (at most L * topk).
+    Shapes: N images, L levels, M ground-truth boxes over all images, k = ``topk`` candidates per
+    box and level.
     """
 
     def __init__(self, topk: int = 9):
@@ -88,100 +50,85 @@ class ATSSAssigner:
         Raises:
             ValueError: topk < 1.
         """
+        super().__init__()
         if topk < 1:
             raise ValueError(f"topk must be at least 1, got {topk}")
         self.topk = topk
+        self.register_buffer("offsets", _offsets(topk), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> ATSSAssigner:
+        return cls(topk=cfg.MODEL.GFL.ATSS_TOPK)
 
     @torch.no_grad()
-    def __call__(
+    def forward(
         self,
-        locations: Locations,
-        gt_boxes: list[Tensor],
-        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Assignment:
+        levels: Levels,
+        gt: GroundTruth,
+        predict: Callable[[Matches], Tensor] | None = None,
+    ) -> Matches:
         """
         Args:
-            locations: of the batch.
-            gt_boxes: N tensors of shape (Mi, 4), in pixels.
-            predict: gives the boxes, shape (M, K, 4), that are predicted at locations of given
-                image, shape (M, 1), and number, shape (M, K). Not needed here.
+            levels: where the locations are.
+            gt: the boxes to assign them to.
+            predict: gives the boxes, shape (M, L, k, 4), in pixels, that are predicted at
+                candidates. Not needed here.
         """
-        gt = torch.cat(gt_boxes)
-        image = torch.arange(len(gt_boxes), device=gt.device).repeat_interleave(
-            to_device([len(boxes) for boxes in gt_boxes], gt.device), output_size=len(gt)
-        )
-        location, centers, sizes, is_candidate = self._candidates(locations, gt, image)
-        anchors = torch.cat((centers - sizes / 2, centers + sizes / 2), dim=-1)
-        ious = self._ious(anchors, gt[:, None], image[:, None], location, predict)
+        cells, is_candidate = self._nearest_cells(levels, gt)
+        column, row = cells.long().unbind(dim=-1)
+        matches = Matches(gt.image, row, column, is_candidate)
+        centers = levels.centers(row, column)
+        boxes = gt.boxes[:, None, None]
+        ious = self._ious(levels, centers, boxes, matches, predict)
         iou, threshold = sum(ious), sum(_threshold(x, is_candidate) for x in ious)
+        is_inside = bbox_to_distance(centers, boxes).amin(dim=-1) > _MIN_CENTER_DISTANCE
+        matches = matches._replace(is_positive=is_candidate & is_inside & (iou >= threshold))
+        return matches._replace(is_positive=_resolve_conflicts(matches, iou, levels))
 
-        is_inside = bbox_to_distance(centers, gt[:, None]).amin(dim=-1) > _MIN_CENTER_DISTANCE
-        is_positive = is_candidate & is_inside & (iou >= threshold)
-        num_locations = locations.starts[-1]
-        is_best = _is_best(
-            image[:, None] * num_locations + location,
-            iou,
-            is_positive,
-            num_places=len(gt_boxes) * num_locations,
-        )
-        return Assignment(gt, image, location, is_best, len(locations.grids))
-
-    def _candidates(
-        self, locations: Locations, gt: Tensor, image: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _nearest_cells(self, levels: Levels, gt: GroundTruth) -> tuple[Tensor, Tensor]:
         """
         Returns:
-            location (Tensor): shape (M, K), int64.
-            centers (Tensor): shape (M, K, 2), theirs.
-            sizes (Tensor): shape (M, K, 1), sides of their anchors.
-            is_candidate (Tensor): shape (M, K), bool. False where a level has fewer than ``topk``
-                valid anchors.
+            cells (Tensor): shape (M, L, k, 2), column and row of the nearest, by distance and then
+                by their order in the grid. Cell (0, 0) where there are fewer.
+            is_candidate (Tensor): shape (M, L, k), False where there are fewer.
         """
-        device = gt.device
-        # Width and height of what is valid: (N, L, 2).
-        limits = to_device([[size[::-1] for size in x] for x in locations.valid_sizes], device)
-        stride, first, size = to_device(locations.grids, device, torch.float64).unbind(dim=1)
-        widths = to_device([width for _, width in locations.sizes], device)
-        starts = to_device(locations.starts[:-1], device)
-
-        largest = [min(max(sides), self.topk) for sides in zip(*locations.sizes)]
-        cells, is_candidate = _nearest(
-            ((gt[:, :2] + gt[:, 2:]) / 2).double(),
-            limits[image],
-            stride[:, None],
-            first[:, None],
-            _offsets(self.topk, *largest, device),
-            self.topk,
-        )
-        columns, rows = cells.long().unbind(dim=-1)
-        location = rows * widths[:, None] + columns
-        # Where there is no candidate, any location will do.
-        location = torch.where(is_candidate, location, 0) + starts[:, None]
-        centers = (cells * stride[:, None, None] + first[:, None, None]).to(gt)
-        sizes = size[:, None, None].to(gt).expand_as(centers)[..., :1]
-        return tuple(x.flatten(1, 2) for x in (location, centers, sizes, is_candidate))
+        # A map may be smaller than what is valid of it, where a backbone rounds down.
+        shapes = torch.tensor(levels.shapes).to(gt.boxes.device, non_blocking=True)
+        limits = torch.minimum(levels.valid_sizes, shapes).flip(-1)[gt.image]  # (M, L, 2)
+        # Positions are in cells. One relative to its nearest cell is exact: ties are ties.
+        center = (gt.boxes[:, None, :2] + gt.boxes[:, None, 2:]) / 2
+        position = (center - levels.first[:, None]) / levels.strides[:, None]
+        nearest = (position - 0.5).ceil().clamp(min=0).minimum(limits - 1)  # of two, the first
+        cells = nearest[:, :, None] + self.offsets  # (M, L, O, 2)
+        is_outside = ((cells < 0) | (cells >= limits[:, :, None])).any(dim=-1)
+        away = self.offsets - (position - nearest)[:, :, None]
+        distance = away.square().sum(dim=-1).masked_fill_(is_outside, torch.inf)
+        distance, order = distance.sort(dim=-1, stable=True)
+        is_candidate = distance[..., : self.topk].isfinite()
+        order = order[..., : self.topk, None].expand(-1, -1, -1, 2)
+        return torch.where(is_candidate[..., None], cells.gather(2, order), 0), is_candidate
 
     def _ious(
         self,
-        anchors: Tensor,
-        gt: Tensor,
-        image: Tensor,
-        location: Tensor,
-        predict: Callable[[Tensor, Tensor], Tensor] | None,
+        levels: Levels,
+        centers: Tensor,
+        boxes: Tensor,
+        matches: Matches,
+        predict: Callable[[Matches], Tensor] | None,
     ) -> list[Tensor]:
         """
-        The measures, each of shape (M, K), whose sum candidates are chosen by.
+        The measures, each of shape (M, L, k), whose sum candidates are chosen by.
 
         Args:
-            anchors: shape (M, K, 4), of the candidates.
-            gt: shape (M, 1, 4).
-            image: shape (M, 1).
-            location: shape (M, K).
-            predict: as in :meth:`__call__`.
+            centers: shape (M, L, k, 2), of the candidates.
+            boxes: shape (M, 1, 1, 4), the ground truth.
+            predict: as in :meth:`forward`.
         """
-        return [aligned_iou(anchors, gt)]
+        half = levels.anchor_sizes[:, None, None] / 2
+        return [aligned_iou(torch.cat((centers - half, centers + half), dim=-1), boxes)]
 
 
+@ASSIGNER_REGISTRY.register("dynamic_atss")
 class DynamicATSSAssigner(ATSSAssigner):
     """
     Dynamic ATSS (Zhang et al., J. Imaging 8(7):193, 2022): as :class:`ATSSAssigner`, by the sum of
@@ -189,93 +136,67 @@ class DynamicATSSAssigner(ATSSAssigner):
     of their means and standard deviations.
     """
 
-    def _ious(self, anchors, gt, image, location, predict):
+    def _ious(self, levels, centers, boxes, matches, predict):
         if predict is None:
             raise ValueError("DynamicATSSAssigner needs `predict`, which gives predicted boxes")
-        return [aligned_iou(anchors, gt), aligned_iou(predict(image, location), gt)]
+        ious = super()._ious(levels, centers, boxes, matches, predict)
+        return [*ious, aligned_iou(predict(matches), boxes)]
 
 
-def build_assigner(cfg: CfgNode) -> ATSSAssigner:
+def build_assigner(cfg: CfgNode) -> nn.Module:
     """The choice of ``MODEL.GFL.ASSIGNER``."""
-    assigners = {"atss": ATSSAssigner, "dynamic_atss": DynamicATSSAssigner}
-    return assigners[cfg.MODEL.GFL.ASSIGNER](topk=cfg.MODEL.GFL.ATSS_TOPK)
+    return ASSIGNER_REGISTRY.get(cfg.MODEL.GFL.ASSIGNER).from_config(cfg)
 
 
-@functools.lru_cache(maxsize=64)
-def _offsets(topk: int, height: int, width: int, device: torch.device) -> Tensor:
+def _offsets(topk: int) -> Tensor:
     """
-    Steps (x, y) from the cell nearest to a point, within which its ``topk`` nearest cells lie, on
-    whatever part of a grid of no more than this size: shape (O, 2), in the order of the grid.
+    Steps (x, y) from the cell nearest to a point, within which its ``topk`` nearest cells lie:
+    shape (O, 2), float32, in the order of the grid.
 
-    All cells of the rectangle between the nearest cell and another are nearer than the other, or
-    as near and earlier. So that one, to be among the topk nearest, spans a rectangle of at most
-    topk cells.
+    Take a cell that is x columns and y rows away from the nearest one. The (|x| + 1) * (|y| + 1)
+    cells of the rectangle between the two are all as near or nearer. So a cell among the topk
+    nearest spans a rectangle of at most topk cells.
     """
-    steps = [
-        (x, y)
-        for y in range(1 - height, height)
-        for x in range(1 - width, width)
-        if (abs(x) + 1) * (abs(y) + 1) <= topk
-    ]
-    return to_device(steps, device, torch.float64)
-
-
-def _nearest(
-    points: Tensor, limits: Tensor, stride: Tensor, first: Tensor, offsets: Tensor, topk: int
-) -> tuple[Tensor, Tensor]:
-    """
-    Args:
-        points: shape (M, 2), x and y in pixels, float64.
-        limits: shape (M, L, 2), columns and rows that are valid on each level.
-        stride, first: shape (L, 1), of the levels.
-        offsets: see :func:`_offsets`.
-        topk: how many cells are looked for.
-
-    Returns:
-        cells (Tensor): shape (M, L, k, 2), column and row, float64, of the nearest, by distance
-            and then by their order in the grid; k = min(topk, number of offsets).
-        is_found (Tensor): shape (M, L, k), False where there are fewer.
-    """
-    points = points[:, None]
-    # The nearest cell; of two, the first.
-    nearest = ((points - first) / stride - 0.5).ceil()
-    nearest = torch.minimum(nearest.clamp(min=0), limits - 1)
-    cells = nearest[:, :, None] + offsets  # (M, L, O, 2)
-    is_outside = ((cells < 0) | (cells >= limits[:, :, None])).any(dim=-1)
-    # Exact in float64: ties are ties.
-    away = (cells * stride[:, None]).add_(first[:, None]).sub_(points[:, :, None])
-    distance = away.square_().sum(dim=-1).masked_fill_(is_outside, float("inf"))
-    distance, order = distance.sort(dim=-1, stable=True)
-    distance, order = distance[..., :topk], order[..., :topk]
-    return cells.gather(2, order[..., None].expand(*order.shape, 2)), distance.isfinite()
+    steps = []
+    for y in range(1 - topk, topk):
+        width = topk // (abs(y) + 1)
+        steps += [(x, y) for x in range(1 - width, width)]
+    return torch.tensor(steps, dtype=torch.float32)
 
 
 def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:
-    """Mean + unbiased standard deviation of each row's candidates, shape (M, K) -> (M, 1)."""
-    count = is_candidate.sum(dim=1, keepdim=True)
+    """Mean + unbiased standard deviation of each box's candidates: (M, L, k) -> (M, 1, 1)."""
+    count = is_candidate.sum(dim=(1, 2), keepdim=True)
     # The floors matter to boxes with at most one candidate: no spread.
-    mean = (iou * is_candidate).sum(dim=1, keepdim=True) / count.clamp(min=1)
-    squares = ((iou - mean).square() * is_candidate).sum(dim=1, keepdim=True)
+    mean = (iou * is_candidate).sum(dim=(1, 2), keepdim=True) / count.clamp(min=1)
+    squares = ((iou - mean).square() * is_candidate).sum(dim=(1, 2), keepdim=True)
     return mean + (squares / (count - 1).clamp(min=1)).sqrt()
 
 
-def _is_best(place: Tensor, iou: Tensor, is_positive: Tensor, num_places: int) -> Tensor:
+def _resolve_conflicts(matches: Matches, iou: Tensor, levels: Levels) -> Tensor:
     """
-    Resolve conflicts: of the positive pairs of one place, that with the highest IoU, of equals that
-    of the first box.
+    Of the boxes that a location is positive for, it keeps the one of highest IoU, of equals the
+    first.
 
     Args:
-        place: shape (M, K), int64 in [0, num_places), the anchor of each (box, candidate) pair.
-        iou, is_positive: shape (M, K).
+        matches: ``is_positive`` may have conflicts.
+        iou: shape (M, L, k).
 
     Returns:
-        Tensor: shape (M, K), bool.
+        Tensor: shape (M, L, k), bool.
     """
+    is_positive = matches.is_positive
+    places, num_places = [], 0
+    for i, (height, width) in enumerate(levels.shapes):
+        cell = (matches.image[:, None] * height + matches.row[:, i]) * width + matches.column[:, i]
+        places.append(cell + num_places)
+        num_places += len(levels.valid_sizes) * height * width
+    place = torch.stack(places, dim=1)  # (M, L, k), one number for each location of the batch
     iou = torch.where(is_positive, iou, -1)
     best_iou = iou.new_full((num_places,), -1)
     best_iou.scatter_reduce_(0, place.flatten(), iou.flatten(), "amax")
     is_best = is_positive & (iou == best_iou[place])
-    box = torch.arange(len(place), device=place.device)[:, None]
+    box = torch.arange(len(place), device=place.device)[:, None, None]
     box = torch.where(is_best, box, len(place))
     first_box = box.new_full((num_places,), len(place))
     first_box.scatter_reduce_(0, place.flatten(), box.flatten(), "amin")

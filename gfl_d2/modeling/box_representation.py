@@ -10,7 +10,8 @@ from typing import ClassVar
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .box_distribution import integral
+from ..registry import BOX_REPRESENTATION_REGISTRY
+from .box_ops import integral
 from .losses import distribution_focal_loss, gaussian_kl_loss
 from .precision import full_precision
 
@@ -33,9 +34,10 @@ _MAX_LOG_VARIANCE = 10.0
 class BoxRepresentation(ABC):
     """
     How the head predicts the distances from a location to the left, top, right and bottom side of
-    a box: by V numbers a side, those of left first. Distances are in strides of the level.
+    a box: by V numbers a side, those of left first. Distances are in strides of the level. To add a
+    choice, derive from it and register the class under the name that configs shall use.
 
-    Shapes: P positive locations.
+    Shapes: P samples.
     """
 
     # V.
@@ -43,22 +45,27 @@ class BoxRepresentation(ABC):
     # The largest distance that can be predicted.
     max_distance: float
 
+    @classmethod
     @abstractmethod
-    def decode(self, predictions: Tensor) -> Tensor:
+    def from_config(cls, cfg: CfgNode) -> BoxRepresentation:
+        """From the keys of ``MODEL.GFL``, see :mod:`gfl_d2.config`."""
+
+    @abstractmethod
+    def decode(self, values: Tensor) -> Tensor:
         """
         Args:
-            predictions: shape (..., 4 * V).
+            values: shape (..., 4 * V).
 
         Returns:
             Tensor: shape (..., 4), distances >= 0, in float32 or better.
         """
 
-    def losses(self, predictions: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def losses(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:
         """
         The losses that shape the prediction, beside that of the decoded box. None by default.
 
         Args:
-            predictions: shape (P, 4 * V).
+            values: shape (P, 4 * V).
             target: shape (P, 4), distances.
 
         Returns:
@@ -67,6 +74,7 @@ class BoxRepresentation(ABC):
         return {}
 
 
+@BOX_REPRESENTATION_REGISTRY.register("general")
 @dataclass(frozen=True)
 class GeneralDistribution(BoxRepresentation):
     """
@@ -78,6 +86,11 @@ class GeneralDistribution(BoxRepresentation):
     bin_width: float = 1.0  # in strides
     dfl_weight: float = 0.25  # 0 for no DFL
 
+    @classmethod
+    def from_config(cls, cfg):
+        gfl = cfg.MODEL.GFL
+        return cls(gfl.REG_MAX, gfl.BIN_WIDTH, gfl.LOSS_DFL_WEIGHT)
+
     @property
     def num_values(self) -> int:
         return self.reg_max + 1
@@ -86,15 +99,16 @@ class GeneralDistribution(BoxRepresentation):
     def max_distance(self) -> float:
         return self.reg_max * self.bin_width
 
-    def decode(self, predictions: Tensor) -> Tensor:
-        return integral(predictions, self.reg_max) * self.bin_width
+    def decode(self, values: Tensor) -> Tensor:
+        return integral(values, self.reg_max) * self.bin_width
 
-    def losses(self, predictions: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def losses(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:
         target = (target / self.bin_width).clamp(min=0, max=self.reg_max - _DFL_TARGET_MARGIN)
-        loss = distribution_focal_loss(predictions.reshape(-1, self.num_values), target.flatten())
+        loss = distribution_focal_loss(values.reshape(-1, self.num_values), target.flatten())
         return {"loss_dfl": self.dfl_weight * loss.view(-1, 4).mean(dim=1)}
 
 
+@BOX_REPRESENTATION_REGISTRY.register("dirac")
 @dataclass(frozen=True)
 class DiracDelta(BoxRepresentation):
     """
@@ -106,14 +120,19 @@ class DiracDelta(BoxRepresentation):
 
     num_values: ClassVar[int] = 1
 
+    @classmethod
+    def from_config(cls, cfg):
+        return cls(prior=cfg.MODEL.GFL.ANCHOR_SCALE / 2)  # half an anchor
+
     @property
     def max_distance(self) -> float:
         return self.prior * math.exp(_MAX_LOG_FACTOR)
 
-    def decode(self, predictions: Tensor) -> Tensor:
-        return self.prior * full_precision(predictions).clamp(max=_MAX_LOG_FACTOR).exp()
+    def decode(self, values: Tensor) -> Tensor:
+        return self.prior * full_precision(values).clamp(max=_MAX_LOG_FACTOR).exp()
 
 
+@BOX_REPRESENTATION_REGISTRY.register("gaussian")
 @dataclass(frozen=True)
 class Gaussian(DiracDelta):
     """
@@ -125,23 +144,21 @@ class Gaussian(DiracDelta):
 
     num_values: ClassVar[int] = 2
 
-    def decode(self, predictions: Tensor) -> Tensor:
-        return super().decode(predictions.unflatten(-1, (4, 2))[..., 0])
+    @classmethod
+    def from_config(cls, cfg):
+        return cls(cfg.MODEL.GFL.ANCHOR_SCALE / 2, cfg.MODEL.GFL.LOSS_KL_WEIGHT)
 
-    def losses(self, predictions: Tensor, target: Tensor) -> dict[str, Tensor]:
-        log_variance = full_precision(predictions).unflatten(-1, (4, 2))[..., 1]
+    def decode(self, values: Tensor) -> Tensor:
+        return super().decode(values.unflatten(-1, (4, 2))[..., 0])
+
+    def losses(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:
+        log_variance = full_precision(values).unflatten(-1, (4, 2))[..., 1]
         log_variance = log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
-        loss = gaussian_kl_loss(self.decode(predictions), log_variance, target)
+        loss = gaussian_kl_loss(self.decode(values), log_variance, target)
         return {"loss_kl": self.kl_weight * loss.mean(dim=1)}
 
 
 def build_box_representation(cfg: CfgNode) -> BoxRepresentation:
-    """The choice of ``MODEL.GFL.BOX_REPRESENTATION``, whose keys are in :mod:`gfl_d2.config`."""
-    gfl = cfg.MODEL.GFL
-    prior = gfl.ANCHOR_SCALE / 2  # an anchor's side is that far from its centre
-    build = {
-        "general": lambda: GeneralDistribution(gfl.REG_MAX, gfl.BIN_WIDTH, gfl.LOSS_DFL_WEIGHT),
-        "dirac": lambda: DiracDelta(prior),
-        "gaussian": lambda: Gaussian(prior, gfl.LOSS_KL_WEIGHT),
-    }
-    return build[gfl.BOX_REPRESENTATION]()
+    """The choice of ``MODEL.GFL.BOX_REPRESENTATION``."""
+    name = cfg.MODEL.GFL.BOX_REPRESENTATION
+    return BOX_REPRESENTATION_REGISTRY.get(name).from_config(cfg)

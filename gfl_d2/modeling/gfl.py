@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import NamedTuple
-
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import check_gfl_config
 from ..errors import InputError
-from .assigner import ATSSAssigner, build_assigner
-from .box_distribution import distance_to_bbox
-from .criterion import GFLCriterion, Predictions
+from .assigner import build_assigner
+from .box_ops import distance_to_bbox
+from .criterion import GFLCriterion, collect_samples
 from .head import GFLHead
-from .locations import (
-    LevelGrid,
-    Locations,
-    build_grids,
-    needs_fixed_shapes,
-    to_device,
-    valid_sizes,
-)
-from .precision import full_precision
+from .locations import LocationGrid
+from .post_processing import Candidates, select_candidates, suppress
+from .structures import GroundTruth, Levels, Matches, Predictions, Samples
 
 __all__ = ["GFL"]
+
+# Iterations from one logging of diagnostics to the next. Reading a value makes a GPU wait.
+_LOG_PERIOD = 20
 
 
 @META_ARCH_REGISTRY.register()
@@ -45,8 +37,8 @@ class GFL(DenseDetector):
     Both are choices, ``head.quality`` and ``head.box``: others make it ATSS, GFLv2 and what lies
     between.
 
-    Shapes: N images, L levels, Ri locations on level i, R over all levels, C classes, V numbers a
-    box side. Boxes are XYXY in pixels of the network input, distances in strides.
+    Shapes: N images, L levels, C classes, V numbers a box side. Boxes are XYXY in pixels of the
+    network input, distances in strides.
     """
 
     @configurable
@@ -56,8 +48,8 @@ class GFL(DenseDetector):
         backbone: Backbone,
         head: GFLHead,
         head_in_features: list[str],
-        grids: list[LevelGrid],
-        assigner: ATSSAssigner,
+        grid: LocationGrid,
+        assigner: nn.Module,
         criterion: GFLCriterion,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
@@ -72,7 +64,7 @@ class GFL(DenseDetector):
             head: predicts class logits and boxes on each level.
             head_in_features: names of the backbone's features that the head takes, from high to
                 low resolution.
-            grids: where the locations of each level are.
+            grid: where the locations of each level are.
             assigner: called as :class:`ATSSAssigner` is.
             criterion: computes the losses, for the same representation of box and quality as the
                 head's.
@@ -94,10 +86,9 @@ class GFL(DenseDetector):
                 f"{criterion.box} and {criterion.quality}"
             )
         self.num_classes = head.num_classes
-        self.grids = grids
+        self.grid = grid
         self.assigner = assigner
         self.criterion = criterion
-        self._pending: _Pending | None = None
 
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
@@ -108,31 +99,13 @@ class GFL(DenseDetector):
     def from_config(cls, cfg):
         check_gfl_config(cfg)
         backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        missing = [name for name in cfg.MODEL.GFL.IN_FEATURES if name not in shapes]
-        if missing:
-            raise InputError(
-                f"MODEL.GFL.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME "
-                f"{cfg.MODEL.BACKBONE.NAME!r} gives {sorted(shapes)}"
-            )
-        feature_shapes = [shapes[name] for name in cfg.MODEL.GFL.IN_FEATURES]
-        strides = [shape.stride for shape in feature_shapes]
-        if strides != sorted(set(strides)):
-            raise InputError(
-                "MODEL.GFL.IN_FEATURES must go from high to low resolution, got "
-                f"{list(cfg.MODEL.GFL.IN_FEATURES)} of strides {strides}"
-            )
-        if len({shape.channels for shape in feature_shapes}) > 1:
-            raise InputError(
-                "The features of MODEL.GFL.IN_FEATURES need the same number of channels, got "
-                f"{[shape.channels for shape in feature_shapes]}"
-            )
+        feature_shapes = _feature_shapes(cfg, backbone)
         head = GFLHead(cfg, feature_shapes)
         return {
             "backbone": backbone,
             "head": head,
             "head_in_features": list(cfg.MODEL.GFL.IN_FEATURES),
-            "grids": build_grids(cfg, strides),
+            "grid": LocationGrid.from_config(cfg, [shape.stride for shape in feature_shapes]),
             "assigner": build_assigner(cfg),
             "criterion": GFLCriterion(
                 box=head.box,
@@ -167,58 +140,16 @@ class GFL(DenseDetector):
             in GFL ``loss_qfl`` and ``loss_dfl``.
         """
         predictions = Predictions(*predictions)
-        locations = self._locations(features, images.image_sizes)
-        assignment = self.assigner(
-            locations,
-            [gt.gt_boxes.tensor for gt in gt_instances],
-            functools.partial(self._decode, predictions.boxes, locations),
-        )
-        gt_classes = torch.cat([gt.gt_classes for gt in gt_instances])
-        losses, diagnostics = self.criterion(predictions, locations, assignment, gt_classes)
-        self._log(diagnostics)
-        return losses
+        gt = GroundTruth.from_instances(gt_instances)
+        levels = self.levels(predictions, self._image_sizes(images))
 
-    def _locations(self, features: list[Tensor], image_sizes: list[tuple[int, int]]) -> Locations:
-        sizes = [tuple(feature.shape[-2:]) for feature in features]
-        divisibility = self.backbone.size_divisibility
-        return Locations(
-            self.grids, sizes, valid_sizes(image_sizes, self.grids, sizes, divisibility)
-        )
+        def predict(matches: Matches) -> Tensor:
+            return self._predicted_boxes(predictions, levels, matches)
 
-    @torch.no_grad()
-    def _decode(
-        self, maps: list[Tensor], locations: Locations, image: Tensor, location: Tensor
-    ) -> Tensor:
-        """
-        Args:
-            maps: of each level, shape (N, 4 * V, Hi, Wi), predictions of boxes.
-            locations: of the batch.
-            image: int64 in [0, N), broadcastable to ``location``.
-            location: shape (...), int64 in [0, R).
-
-        Returns:
-            Tensor: shape (..., 4), boxes.
-        """
-        predictions = torch.cat([x.flatten(2) for x in maps], dim=2).transpose(1, 2)
-        distances = self.head.box.decode(predictions[image, location])
-        strides = locations.strides(location.device)[location, None]
-        centers = locations.centers(location.device)[location]
-        return distance_to_bbox(centers, distances * strides)
-
-    def _log(self, diagnostics: dict[str, Tensor]) -> None:
-        """
-        Put scalars into the event storage. A GPU is not waited for: its scalars come one iteration
-        late, or not at all if it is even later. What is captured in a CUDA graph logs nothing.
-        """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return
-        values = torch.stack(list(diagnostics.values()))
-        if values.is_cuda:
-            values, self._pending = self._pending, _Pending(values)
-            values = values.get() if values is not None else None
-        if values is not None:
-            for name, value in zip(diagnostics, values.tolist()):
-                get_event_storage().put_scalar(f"gfl/{name}", value)
+        matches = self.assigner(levels, gt, predict)
+        samples = collect_samples(predictions, levels, matches, gt, self.head.box)
+        self._log_diagnostics(samples, num_images=len(gt_instances))
+        return self.criterion(predictions, levels, samples)
 
     def forward_inference(
         self,
@@ -236,105 +167,82 @@ class GFL(DenseDetector):
             list[Instances]: per image ``pred_boxes`` (pixels of the network input), ``scores`` and
             ``pred_classes``, by descending score.
         """
-        candidates = self._candidates(Predictions(*predictions), images.image_sizes)
-        # Boxes that lay in the padding have no area left, when they are clipped.
-        keep = (candidates.scores > 0) & Boxes(candidates.boxes).nonempty()
-        (kept,) = keep.nonzero(as_tuple=True)
-        # Image by image, in the same order.
-        image, order = candidates.image[kept].sort(stable=True)
-        numbers = torch.arange(len(images), device=image.device)[:, None]
-        counts = (image == numbers).sum(dim=1).tolist()
-        parts = (x[kept[order]].split(counts) for x in candidates[:3])
-        return [
-            self._suppress(Instances(size, pred_boxes=Boxes(b), scores=s, pred_classes=c))
-            for size, b, s, c in zip(images.image_sizes, *parts)
-        ]
-
-    def _suppress(self, instances: Instances) -> Instances:
-        """The best of an image, after NMS."""
-        keep = batched_nms(
-            instances.pred_boxes.tensor,
-            instances.scores,
-            instances.pred_classes,
-            self.test_nms_thresh,
+        return suppress(
+            self.candidates(Predictions(*predictions), self._image_sizes(images)),
+            images.image_sizes,
+            nms_thresh=self.test_nms_thresh,
+            max_detections=self.max_detections_per_image,
         )
-        return instances[keep[: self.max_detections_per_image]]
 
-    def _candidates(
-        self, predictions: Predictions, image_sizes: list[tuple[int, int]]
-    ) -> _Candidates:
-        """Level by level, image by image and by descending score, clipped to the image."""
-        quality = predictions.quality or [None] * len(predictions.logits)
-        logits = map(self.head.quality.score_logits, predictions.logits, quality)
-        levels = []
-        for grid, maps, boxes in zip(self.grids, logits, predictions.boxes):
-            width = maps.shape[-1]
-            image, index, best = self._select(maps.permute(0, 2, 3, 1).flatten(1))
-            location = index.div(self.num_classes, rounding_mode="floor")
-            row = location.div(width, rounding_mode="floor")
-            column = location - row * width
-            distances = self.head.box.decode(boxes.permute(0, 2, 3, 1)[image, row, column])
-            centers = grid.centers(torch.stack((column, row), dim=1))
-            boxes = distance_to_bbox(centers, distances * grid.stride)
-            classes = index - location * self.num_classes
-            levels.append((boxes, best.sigmoid(), classes, image))
-        boxes, scores, classes, image = (torch.cat(parts) for parts in zip(*levels))
-        limits = to_device([(w, h, w, h) for h, w in image_sizes], boxes.device)[image]
-        return _Candidates(boxes.clamp(min=0).minimum(limits), scores, classes, image)
-
-    def _select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def candidates(self, predictions: Predictions, image_sizes: Tensor) -> Candidates:
         """
-        The best (location, class) pairs of one level that are above the threshold. On a GPU, which
-        would have to be waited for to learn how many these are, others are among them.
+        What may be detected, before NMS. It can be traced and exported.
 
         Args:
-            logits: shape (N, Ri * C), of the scores.
-
-        Returns:
-            image (Tensor), index (Tensor), best (Tensor): shape (K,), of each the image, the place
-            in it and the logit, -inf for the others; image by image, by descending logit.
+            predictions: of the head.
+            image_sizes: shape (N, 2), int64, height and width in pixels, without padding.
         """
-        # Of few pairs the score is needed: the threshold is one of logits.
-        logits, threshold = full_precision(logits), _logit(self.test_score_thresh)
-        if needs_fixed_shapes(logits):
-            best, index = logits.topk(min(self.test_topk_candidates, logits.shape[1]), dim=1)
-            best = torch.where(best > threshold, best, -torch.inf)
-            image = torch.arange(len(logits), device=logits.device)[:, None].expand_as(index)
-            return image.flatten(), index.flatten(), best.flatten()
-        images = []
-        for i, x in enumerate(logits):
-            (index,) = (x > threshold).nonzero(as_tuple=True)
-            best, order = x[index].topk(min(len(index), self.test_topk_candidates))
-            images.append((torch.full_like(index, i)[: len(best)], index[order], best))
-        return tuple(torch.cat(parts) for parts in zip(*images))
+        return select_candidates(
+            predictions,
+            self.levels(predictions, image_sizes),
+            image_sizes,
+            quality=self.head.quality,
+            box=self.head.box,
+            score_thresh=self.test_score_thresh,
+            topk=self.test_topk_candidates,
+        )
+
+    def levels(self, predictions: Predictions, image_sizes: Tensor) -> Levels:
+        """Where predictions are, and what of them is padding. Arguments as in `candidates`."""
+        shapes = [tuple(maps.shape[-2:]) for maps in predictions.class_logits]
+        return self.grid(shapes, image_sizes, self.backbone.size_divisibility)
+
+    def _image_sizes(self, images: ImageList) -> Tensor:
+        # Numbers, or tensors where Detectron2 traces the model.
+        sizes = torch.stack([torch.as_tensor(size) for size in images.image_sizes])
+        return sizes.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _predicted_boxes(
+        self, predictions: Predictions, levels: Levels, matches: Matches
+    ) -> Tensor:
+        """Shape (M, L, k, 4), in pixels."""
+        distances = self.head.box.decode(matches.take(predictions.box_values))
+        centers = levels.centers(matches.row, matches.column)
+        return distance_to_bbox(centers, distances * levels.strides[:, None, None])
+
+    def _log_diagnostics(self, samples: Samples, num_images: int) -> None:
+        storage = get_event_storage()
+        if storage.iter % _LOG_PERIOD == 0:
+            for name, value in self.criterion.diagnostics(samples, num_images).items():
+                storage.put_scalar(f"gfl/{name}", value.item(), smoothing_hint=False)
 
 
-class _Candidates(NamedTuple):
-    """What may be detected in a batch. Shapes: K candidates, of which those of score 0 are none."""
+def _feature_shapes(cfg, backbone: Backbone) -> list:
+    """
+    Returns:
+        list[ShapeSpec]: of the features in ``MODEL.GFL.IN_FEATURES``.
 
-    boxes: Tensor  # (K, 4)
-    scores: Tensor  # (K,)
-    classes: Tensor  # (K,), int64 in [0, C)
-    image: Tensor  # (K,), int64 in [0, N)
-
-
-class _Pending:
-    """Values on their way from a GPU."""
-
-    def __init__(self, values: Tensor):
-        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        self._values.copy_(values, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(values.device))
-
-    def __reduce__(self):
-        # Not to be copied or saved with the model.
-        return type(None), ()
-
-    def get(self) -> Tensor | None:
-        """The values, or None if they have not arrived."""
-        return self._values if self._done.query() else None
-
-
-def _logit(score: float) -> float:
-    return math.log(score / (1 - score)) if score > 0 else -math.inf
+    Raises:
+        InputError: the backbone does not give them, or they do not fit together.
+    """
+    names, shapes = list(cfg.MODEL.GFL.IN_FEATURES), backbone.output_shape()
+    missing = [name for name in names if name not in shapes]
+    if missing:
+        raise InputError(
+            f"MODEL.GFL.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME!r} gives {sorted(shapes)}"
+        )
+    strides = [shapes[name].stride for name in names]
+    if strides != sorted(set(strides)):
+        raise InputError(
+            f"MODEL.GFL.IN_FEATURES must go from high to low resolution, got {names} of strides "
+            f"{strides}"
+        )
+    channels = [shapes[name].channels for name in names]
+    if len(set(channels)) > 1:
+        raise InputError(
+            "The features of MODEL.GFL.IN_FEATURES need the same number of channels, got "
+            f"{channels}"
+        )
+    return [shapes[name] for name in names]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .box_distribution import MIN_AREA, box_area, iou_and_union
+from .box_ops import MIN_AREA, box_area, iou_and_union
 from .precision import full_precision
 
 __all__ = ["distribution_focal_loss", "gaussian_kl_loss", "giou_loss", "quality_focal_loss"]

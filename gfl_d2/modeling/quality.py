@@ -1,34 +1,32 @@
-"""How the quality of localization enters the score: the choices of ``MODEL.GFL.QUALITY``."""
+"""
+How the quality of localization enters the score: GFL's and GFLv2's choices of
+``MODEL.GFL.QUALITY``.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from .fused_qfl import NO_LOSS_LOGIT, quality_focal_loss_sum
+from ..errors import InputError
+from ..registry import QUALITY_REGISTRY
+from .background_loss import background_loss, background_terms
+from .box_representation import BoxRepresentation
+from .losses import quality_focal_loss
 from .precision import full_precision
-
-if TYPE_CHECKING:
-    from .box_representation import BoxRepresentation
-    from .criterion import Predictions, Targets
+from .structures import Levels, Predictions, Samples
 
 __all__ = [
     "DistributionGuidedQuality",
     "DistributionGuidedQualityPredictor",
     "JointQuality",
-    "NoQuality",
     "Quality",
-    "QualityBranch",
-    "QualityGuided",
     "build_quality",
-    "centerness",
     "joint_logits",
 ]
 
@@ -47,36 +45,21 @@ def joint_logits(logits: Tensor, quality: Tensor) -> Tensor:
     return -torch.logaddexp(-quality, F.softplus(-quality) - logits)
 
 
-def centerness(distances: Tensor) -> Tensor:
-    """
-    How central a location is in a box (FCOS, Tian et al., ICCV 2019, eq. 3).
-
-    Args:
-        distances: shape (..., 4), to the left, top, right and bottom side.
-
-    Returns:
-        Tensor: shape (...), in [0, 1]: 1 in the centre, 0 on the border and outside.
-    """
-    distances = distances.clamp(min=0)
-    near = torch.minimum(distances[..., :2], distances[..., 2:])
-    far = torch.maximum(distances[..., :2], distances[..., 2:])
-    return (near / far.clamp(min=torch.finfo(far.dtype).tiny)).prod(dim=-1).sqrt()
-
-
-def _centerness(targets: Targets) -> Tensor:
-    return centerness(targets.gt_distances)
-
-
-def _iou(targets: Targets) -> Tensor:
-    return targets.iou
-
-
 class Quality(ABC):
     """
-    What a score stands for beside the class, and how it is trained.
+    What a score stands for beside the class, and how it is trained. To add a choice, derive from
+    it and register the class under the name that configs shall use.
 
-    Shapes: N images, C classes, P positive locations.
+    Shapes: N images, C classes, P samples.
     """
+
+    # Exponent of the modulating factor of the loss at the background.
+    gamma: float
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, cfg: CfgNode) -> Quality:
+        """From the keys of ``MODEL.GFL``, see :mod:`gfl_d2.config`."""
 
     def build_predictor(self, channels: int, box: BoxRepresentation) -> nn.Module | None:
         """
@@ -85,41 +68,76 @@ class Quality(ABC):
             box: what the head predicts of a box.
 
         Returns:
-            what predicts a quality logit, shape (N, 1, H, W), from the output of the box tower,
-            shape (N, channels, H, W), and the box predictions, shape (N, 4 * V, H, W). None (the
+            a module that predicts quality logits, shape (N, 1, H, W), from the output of the box
+            tower, shape (N, channels, H, W), and the box values, shape (N, 4 * V, H, W). None (the
             default) if nothing is predicted beside classes and boxes.
         """
         return None
 
-    def score_logits(self, logits: Tensor, quality: Tensor | None) -> Tensor:
+    def score_logits(self, class_logits: Tensor, quality_logits: Tensor | None) -> Tensor:
         """
-        Logits of the scores that detections have.
+        Logits of the scores that detections have. They increase with the class logit, so that the
+        best class of a location has the best score.
 
         Args:
-            logits: shape (N, C, ...), class logits.
-            quality: shape (N, 1, ...), quality logits, if there is a predictor.
+            class_logits, quality_logits: broadcastable. The latter is None without a predictor.
 
         Returns:
-            Tensor: shape (N, C, ...), of the class scores, times the quality if it is predicted.
+            Tensor: of the class scores, times the quality if it is predicted.
         """
-        return logits if quality is None else joint_logits(logits, quality)
+        if quality_logits is None:
+            return class_logits
+        return joint_logits(class_logits, quality_logits)
 
     @abstractmethod
     def losses(
-        self, predictions: Predictions, targets: Targets
-    ) -> tuple[dict[str, Tensor], Tensor]:
+        self, predictions: Predictions, levels: Levels, samples: Samples
+    ) -> dict[str, Tensor]:
         """
         Args:
             predictions: of the head.
-            targets: what they are compared with.
+            levels: where the locations are, and what is padding.
+            samples: what the predictions are compared with.
 
         Returns:
-            losses (dict[str, Tensor]): weighted sums over all valid locations.
-            weights (Tensor): shape (P,), of the positives in the box losses. No gradient. What they
-            are where :attr:`Targets.is_real` is False does not matter.
+            dict[str, Tensor]: weighted sums over all locations that are not padding.
         """
 
+    @abstractmethod
+    def box_weights(self, samples: Samples) -> Tensor:
+        """
+        Returns:
+            Tensor: shape (P,), weights of the samples in the box losses. No gradient. Those of
+            samples that are not positive do not matter.
+        """
 
+    def _split_loss(
+        self, logits: list[Tensor], levels: Levels, samples: Samples
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        The loss of a map is that of a background everywhere, but for one logit of each positive.
+
+        Args:
+            logits: L maps of shape (N, C, Hi, Wi).
+
+        Returns:
+            background (Tensor): a scalar, the loss of the whole map as background.
+            picked (Tensor): shape (P,), the logit of each sample's class.
+            excess (Tensor): shape (P,), what of ``background`` is at the positives' logits.
+        """
+        matches = samples.matches
+        classes = samples.classes.view_as(matches.row)
+        image = matches.image[:, None, None].expand_as(matches.row)
+        total, picked = 0, []
+        for i, maps in enumerate(logits):
+            index = (image[:, i], classes[:, i], matches.row[:, i], matches.column[:, i])
+            loss, at = background_loss(maps, levels.valid_mask(i), index, self.gamma)
+            total, picked = total + loss, [*picked, at]
+        picked = torch.stack(picked, dim=1).flatten()
+        return total, picked, samples.mask(background_terms(picked, self.gamma))
+
+
+@QUALITY_REGISTRY.register("joint")
 @dataclass(frozen=True)
 class JointQuality(Quality):
     """
@@ -130,22 +148,32 @@ class JointQuality(Quality):
     beta: float = 2.0
     weight: float = 1.0
 
-    def losses(self, predictions, targets):
-        return self._losses(predictions.logits, targets)
+    @property
+    def gamma(self) -> float:
+        return self.beta
 
-    def _losses(self, logits: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
-        loss = quality_focal_loss_sum(
-            logits,
-            targets.positives,
-            targets.labels,
-            targets.iou,
-            self.beta,
-            targets.valid_sizes,
-        )
-        best = targets.take([maps.detach() for maps in logits]).amax(dim=1)
-        return {"loss_qfl": self.weight * loss}, full_precision(best).sigmoid()
+    @classmethod
+    def from_config(cls, cfg):
+        return cls(beta=cfg.MODEL.GFL.QFL_BETA, weight=cfg.MODEL.GFL.LOSS_QFL_WEIGHT)
+
+    def losses(self, predictions, levels, samples):
+        return self._qfl(predictions.class_logits, levels, samples)
+
+    def _qfl(self, logits: list[Tensor], levels: Levels, samples: Samples) -> dict[str, Tensor]:
+        background, picked, excess = self._split_loss(logits, levels, samples)
+        # Of one class, which is the labelled one.
+        labels = torch.zeros_like(samples.classes)
+        positives = quality_focal_loss(picked[:, None], labels, samples.iou, self.beta)[:, 0]
+        loss = background + (samples.mask(positives) - excess).sum()
+        return {"loss_qfl": self.weight * loss}
+
+    def box_weights(self, samples):
+        quality = samples.quality_logits
+        quality = None if quality is None else quality.detach()
+        return full_precision(self.score_logits(samples.best_logits, quality)).sigmoid()
 
 
+@QUALITY_REGISTRY.register("dgqp")
 @dataclass(frozen=True)
 class DistributionGuidedQuality(JointQuality):
     """
@@ -156,15 +184,37 @@ class DistributionGuidedQuality(JointQuality):
     topk: int = 4
     channels: int = 64
 
+    @classmethod
+    def from_config(cls, cfg):
+        gfl = cfg.MODEL.GFL
+        when = "when MODEL.GFL.QUALITY is 'dgqp'"
+        if gfl.BOX_REPRESENTATION != "general":
+            raise InputError(
+                f"MODEL.GFL.BOX_REPRESENTATION must be 'general' {when}, got "
+                f"{gfl.BOX_REPRESENTATION!r}"
+            )
+        if gfl.DGQP_TOPK > gfl.REG_MAX + 1:
+            raise InputError(
+                f"MODEL.GFL.DGQP_TOPK must be at most MODEL.GFL.REG_MAX + 1 {when}, got "
+                f"{gfl.DGQP_TOPK}"
+            )
+        return cls(
+            beta=gfl.QFL_BETA,
+            weight=gfl.LOSS_QFL_WEIGHT,
+            topk=gfl.DGQP_TOPK,
+            channels=gfl.DGQP_CHANNELS,
+        )
+
     def build_predictor(self, channels, box):
         return DistributionGuidedQualityPredictor(box.num_values, self.topk, self.channels)
 
-    def losses(self, predictions, targets):
-        # An infinite logit in the padding would make the gradient of the product NaN there.
-        logits, quality = (
-            targets.without_padding(x, 0) for x in (predictions.logits, predictions.quality)
-        )
-        return self._losses(list(map(self.score_logits, logits, quality)), targets)
+    def losses(self, predictions, levels, samples):
+        joint = []
+        for i, maps in enumerate(zip(predictions.class_logits, predictions.quality_logits)):
+            # An infinite logit in the padding would make the gradient of the product NaN there.
+            valid = levels.valid_mask(i)
+            joint.append(self.score_logits(*(torch.where(valid, x, 0) for x in maps)))
+        return self._qfl(joint, levels, samples)
 
 
 class DistributionGuidedQualityPredictor(nn.Sequential):
@@ -206,108 +256,6 @@ class DistributionGuidedQualityPredictor(nn.Sequential):
         return torch.cat((largest, largest.mean(dim=2, keepdim=True)), dim=2).flatten(1, 2)
 
 
-@dataclass(frozen=True)
-class NoQuality(Quality):
-    """The score of a class alone, trained with focal loss. All positives weigh the same."""
-
-    alpha: float = 0.25
-    gamma: float = 2.0
-    weight: float = 1.0
-
-    def losses(self, predictions, targets):
-        background = self._background_loss(predictions.logits, targets)
-        positives = self._positive_losses(predictions.logits, targets)
-        loss = background + targets.mask(positives).sum()
-        return {"loss_cls": self.weight * loss}, torch.ones_like(targets.iou)
-
-    def _background_loss(self, logits: list[Tensor], targets: Targets) -> Tensor:
-        """Sum over all valid locations but the positives."""
-        total = sum(
-            self._focal_loss(maps).sum() for maps in targets.without_padding(logits, NO_LOSS_LOGIT)
-        )
-        return total - targets.mask(self._focal_loss(targets.take(logits)).sum(dim=1)).sum()
-
-    def _positive_losses(self, logits: list[Tensor], targets: Targets) -> Tensor:
-        """Shape (P,), summed over classes."""
-        logits = targets.take(logits)
-        return self._focal_loss(logits, F.one_hot(targets.labels, logits.shape[1])).sum(dim=1)
-
-    def _focal_loss(self, logits: Tensor, target: Tensor | None = None) -> Tensor:
-        """Of each logit; the target is 0 by default."""
-        target = torch.zeros_like(logits) if target is None else target.to(logits)
-        return sigmoid_focal_loss(logits, target, alpha=self.alpha, gamma=self.gamma)
-
-
-@dataclass(frozen=True)
-class QualityBranch(NoQuality):
-    """
-    A branch beside the box predictor, trained on the positives alone to predict their centerness
-    or IoU, which multiplies the class score at inference. What it is to predict weighs the box
-    losses (FCOS, ATSS; Jiang et al., ECCV 2018).
-    """
-
-    name: str = "centerness"  # of the loss
-    target: Callable[[Targets], Tensor] = _centerness
-    quality_weight: float = 1.0
-
-    def build_predictor(self, channels, box):
-        return _BranchPredictor(channels, 1, kernel_size=3, padding=1)
-
-    def losses(self, predictions, targets):
-        losses, _ = super().losses(predictions, targets)
-        target = self.target(targets)
-        predicted = full_precision(targets.take(predictions.quality)[:, 0])
-        loss = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
-        loss = targets.mask(loss).sum()
-        return {**losses, f"loss_{self.name}": self.quality_weight * loss}, target
-
-
-class _BranchPredictor(nn.Conv2d):
-    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        return super().forward(features)
-
-
-@dataclass(frozen=True)
-class QualityGuided(NoQuality):
-    """
-    No prediction of the quality: the centerness or IoU of a positive weighs its classification
-    loss, so that well-localized positives score higher. Weights are ``quality^eta``, scaled to
-    leave the positives' total loss as it is (Wu et al., "IoU-balanced Loss Functions for
-    Single-stage Object Detection", eq. 1 and 2).
-    """
-
-    target: Callable[[Targets], Tensor] = _centerness
-    eta: float = 1.5
-
-    def losses(self, predictions, targets):
-        background = self._background_loss(predictions.logits, targets)
-        positives = targets.mask(self._positive_losses(predictions.logits, targets))
-        weights = targets.mask(self.target(targets).pow(self.eta))
-        total, weighted = positives.detach().sum(), (weights * positives.detach()).sum()
-        weights = weights * total / weighted.clamp(min=torch.finfo(weighted.dtype).tiny)
-        loss = background + (weights * positives).sum()
-        return {"loss_cls": self.weight * loss}, torch.ones_like(targets.iou)
-
-
 def build_quality(cfg: CfgNode) -> Quality:
-    """The choice of ``MODEL.GFL.QUALITY``, whose keys are in :mod:`gfl_d2.config`."""
-    gfl = cfg.MODEL.GFL
-    qfl = {"beta": gfl.QFL_BETA, "weight": gfl.LOSS_QFL_WEIGHT}
-    focal = {
-        "alpha": gfl.FOCAL_LOSS_ALPHA,
-        "gamma": gfl.FOCAL_LOSS_GAMMA,
-        "weight": gfl.LOSS_CLS_WEIGHT,
-    }
-    branch = {**focal, "quality_weight": gfl.LOSS_QUALITY_WEIGHT}
-    build = {
-        "joint": lambda: JointQuality(**qfl),
-        "dgqp": lambda: DistributionGuidedQuality(
-            **qfl, topk=gfl.DGQP_TOPK, channels=gfl.DGQP_CHANNELS
-        ),
-        "none": lambda: NoQuality(**focal),
-        "centerness": lambda: QualityBranch(**branch, name="centerness", target=_centerness),
-        "iou": lambda: QualityBranch(**branch, name="iou", target=_iou),
-        "centerness_guided": lambda: QualityGuided(**focal, target=_centerness),
-        "iou_guided": lambda: QualityGuided(**focal, target=_iou),
-    }
-    return build[gfl.QUALITY]()
+    """The choice of ``MODEL.GFL.QUALITY``."""
+    return QUALITY_REGISTRY.get(cfg.MODEL.GFL.QUALITY).from_config(cfg)

@@ -1,8 +1,8 @@
 """
-Box sides as discrete distributions, the distances that they stand for, and IoU of the boxes.
+Arithmetic of boxes: from distributions to distances, from distances to boxes, IoU, centerness.
 
-Shapes: R locations, n = ``reg_max``, n + 1 bins y_i = i. Distances are those from a location to
-the (left, top, right, bottom) side of a box, in that order.
+Shapes: n = ``reg_max``, n + 1 bins y_i = i. Distances are those from a location to the (left, top,
+right, bottom) side of a box, in that order.
 """
 
 import torch
@@ -15,6 +15,7 @@ __all__ = [
     "aligned_iou",
     "bbox_to_distance",
     "box_area",
+    "centerness",
     "distance_to_bbox",
     "integral",
     "iou_and_union",
@@ -67,6 +68,22 @@ def bbox_to_distance(centers: Tensor, boxes: Tensor) -> Tensor:
         Tensor: shape (..., 4).
     """
     return torch.cat((centers - boxes[..., :2], boxes[..., 2:] - centers), dim=-1)
+
+
+def centerness(distances: Tensor) -> Tensor:
+    """
+    How central a location is in a box (FCOS, Tian et al., ICCV 2019, eq. 3).
+
+    Args:
+        distances: shape (..., 4), to the left, top, right and bottom side.
+
+    Returns:
+        Tensor: shape (...), in [0, 1]: 1 in the centre, 0 on the border and outside.
+    """
+    distances = distances.clamp(min=0)
+    near = torch.minimum(distances[..., :2], distances[..., 2:])
+    far = torch.maximum(distances[..., :2], distances[..., 2:])
+    return (near / far.clamp(min=torch.finfo(far.dtype).tiny)).prod(dim=-1).sqrt()
 
 
 def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:

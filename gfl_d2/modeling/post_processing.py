@@ -1,0 +1,129 @@
+"""From predictions to detections. No shape depends on a value until NMS."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from .box_ops import distance_to_bbox
+from .box_representation import BoxRepresentation
+from .precision import full_precision
+from .quality import Quality
+from .structures import Levels, Predictions
+
+__all__ = ["Candidates", "select_candidates", "suppress"]
+
+
+class Candidates(NamedTuple):
+    """What may be detected, level by level and by descending score. Score 0 marks padding."""
+
+    boxes: Tensor  # (N, K, 4), XYXY in pixels, clipped to the image
+    scores: Tensor  # (N, K)
+    classes: Tensor  # (N, K), int64 in [0, C)
+
+
+def select_candidates(
+    predictions: Predictions,
+    levels: Levels,
+    image_sizes: Tensor,
+    *,
+    quality: Quality,
+    box: BoxRepresentation,
+    score_thresh: float,
+    topk: int,
+) -> Candidates:
+    """
+    The best (location, class) pairs of each level.
+
+    Args:
+        predictions: of the head.
+        levels: where they are. Locations in the padding are never candidates.
+        image_sizes: shape (N, 2), height and width in pixels.
+        quality, box: those of the head.
+        score_thresh: pairs that score no higher have a score of 0.
+        topk: how many pairs of a level there are at most.
+    """
+    quality_logits = predictions.quality_logits or [None] * len(levels.shapes)
+    parts = []
+    for i, maps in enumerate(zip(predictions.class_logits, predictions.box_values, quality_logits)):
+        logits, values, q = (None if x is None else _rows(x) for x in maps)
+        # A pair among the topk best is at one of the topk locations whose best class is best.
+        best = quality.score_logits(logits.amax(dim=2, keepdim=True), q)[..., 0]
+        best = full_precision(best).masked_fill(~levels.valid_mask(i).flatten(1), -torch.inf)
+        best, location = best.topk(_at_most(topk, best.shape[1]), dim=1)  # (N, k)
+        logits, values, q = (None if x is None else _pick(x, location) for x in (logits, values, q))
+        logits = full_precision(quality.score_logits(logits, q))
+        logits = torch.where(best[..., None] > -torch.inf, logits, -torch.inf).flatten(1)
+        num_classes = maps[0].shape[1]
+        logits, pair = logits.topk(_at_most(topk, logits.shape[1]), dim=1)  # (N, K)
+        place = pair.div(num_classes, rounding_mode="floor")
+
+        width = levels.shapes[i][1]
+        row = location.div(width, rounding_mode="floor")
+        centers = torch.stack((location - row * width, row), dim=-1)
+        centers = centers * levels.strides[i] + levels.first[i]
+        boxes = distance_to_bbox(centers, box.decode(values) * levels.strides[i])
+        parts.append((_pick(boxes, place), logits.sigmoid(), pair - place * num_classes))
+    boxes, scores, classes = (torch.cat(part, dim=1) for part in zip(*parts))
+    limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
+    boxes = boxes.clamp(min=0).minimum(limits)
+    # Boxes that lay in the padding have no area left.
+    has_area = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+    return Candidates(boxes, torch.where(has_area & (scores > score_thresh), scores, 0), classes)
+
+
+def suppress(
+    candidates: Candidates,
+    image_sizes: list[tuple[int, int]],
+    *,
+    nms_thresh: float,
+    max_detections: int,
+) -> list[Instances]:
+    """
+    NMS of each class.
+
+    Args:
+        candidates: of N images.
+        image_sizes: N times (height, width).
+        nms_thresh: IoU above which the lower of two boxes of a class is dropped.
+        max_detections: the best that are kept of each image.
+
+    Returns:
+        list[Instances]: per image ``pred_boxes``, ``scores`` and ``pred_classes``, by descending
+        score.
+    """
+    results = []
+    for size, boxes, scores, classes in zip(image_sizes, *candidates):
+        (kept,) = scores.nonzero(as_tuple=True)
+        boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
+        kept = batched_nms(boxes, scores, classes, nms_thresh)[:max_detections]
+        results.append(
+            Instances(
+                size,
+                pred_boxes=Boxes(boxes[kept]),
+                scores=scores[kept],
+                pred_classes=classes[kept],
+            )
+        )
+    return results
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """From shape (N, X, H, W) to (N, H * W, X)."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """From shape (N, R, X), by indices of shape (N, K), to (N, K, X)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def _at_most(limit: int, size: int | Tensor) -> int | Tensor:
+    """The smaller of the two. Tracing has tensors for sizes, export has symbols."""
+    if isinstance(size, Tensor):
+        return size.clamp(max=limit)
+    return torch.sym_min(limit, size)

@@ -1,0 +1,119 @@
+"""
+The data that flows from the head to the losses and detections. No behaviour but looking things up.
+
+Shapes: N images, L levels, Ri = Hi * Wi locations on level i, C classes, V numbers a box side, M
+ground-truth boxes over all images, k candidates per box and level, P = M * L * k samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+__all__ = ["GroundTruth", "Levels", "Matches", "Predictions", "Samples"]
+
+
+class Predictions(NamedTuple):
+    """What the head predicts for a batch, level by level."""
+
+    class_logits: Sequence[Tensor]  # (N, C, Hi, Wi)
+    box_values: Sequence[Tensor]  # (N, 4 * V, Hi, Wi)
+    quality_logits: Sequence[Tensor] | None = None  # (N, 1, Hi, Wi)
+
+
+class GroundTruth(NamedTuple):
+    """The ground-truth boxes of a batch, image by image."""
+
+    boxes: Tensor  # (M, 4), XYXY in pixels
+    classes: Tensor  # (M,), int64 in [0, C)
+    image: Tensor  # (M,), int64 in [0, N)
+
+    @classmethod
+    def from_instances(cls, instances: Sequence[Instances]) -> GroundTruth:
+        """From N Instances with ``gt_boxes`` and ``gt_classes``."""
+        classes = [x.gt_classes for x in instances]
+        image = [torch.full_like(x, i) for i, x in enumerate(classes)]
+        boxes = torch.cat([x.gt_boxes.tensor for x in instances])
+        return cls(boxes, torch.cat(classes), torch.cat(image))
+
+
+class Levels(NamedTuple):
+    """
+    Where the locations of a batch are. That in row i and column j of a level is at
+    ``(j * stride + first, i * stride + first)``, in pixels, and has one square anchor.
+    """
+
+    shapes: Sequence[tuple[int, int]]  # L times (Hi, Wi)
+    strides: Tensor  # (L,), in pixels
+    first: Tensor  # (L,), in pixels
+    anchor_sizes: Tensor  # (L,), sides of the anchors, in pixels
+    # Height and width of the part of a map that belongs to the image. The rest is padding.
+    valid_sizes: Tensor  # (N, L, 2), int64
+
+    def centers(self, row: Tensor, column: Tensor) -> Tensor:
+        """
+        Args:
+            row, column: shape (..., L, k).
+
+        Returns:
+            Tensor: shape (..., L, k, 2), x and y in pixels.
+        """
+        cells = torch.stack((column, row), dim=-1)
+        return cells * self.strides[:, None, None] + self.first[:, None, None]
+
+    def valid_mask(self, level: int) -> Tensor:
+        """Shape (N, 1, Hi, Wi), False in the padding."""
+        height, width = self.shapes[level]
+        limits = self.valid_sizes[:, level, :, None]
+        rows = torch.arange(height, device=limits.device) < limits[:, 0]
+        columns = torch.arange(width, device=limits.device) < limits[:, 1]
+        return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+class Matches(NamedTuple):
+    """
+    The candidates of each ground-truth box on each level, and which of them are positive. All
+    candidates are carried along, so that no shape depends on a value. A location is positive for
+    one box at most.
+    """
+
+    image: Tensor  # (M,), int64, of the box
+    row: Tensor  # (M, L, k), int64
+    column: Tensor  # (M, L, k), int64
+    is_positive: Tensor  # (M, L, k), bool
+
+    def take(self, maps: Sequence[Tensor]) -> Tensor:
+        """Values at the candidates: from L maps of shape (N, X, Hi, Wi) to (M, L, k, X)."""
+        values = [
+            level.permute(0, 2, 3, 1)[self.image[:, None], self.row[:, i], self.column[:, i]]
+            for i, level in enumerate(maps)
+        ]
+        return torch.stack(values, dim=1)
+
+
+class Samples(NamedTuple):
+    """
+    The predictions at the candidates, beside what they should have been. Candidates that are not
+    positive are there too: their values are finite, and must not count. Boxes and distances are in
+    strides of the level.
+    """
+
+    matches: Matches
+    is_positive: Tensor  # (P,), bool
+    image: Tensor  # (P,), int64 in [0, N)
+    classes: Tensor  # (P,), int64 in [0, C), of the ground-truth box
+    best_logits: Tensor  # (P,), the largest class logit. No gradient
+    quality_logits: Tensor | None  # (P,)
+    box_values: Tensor  # (P, 4 * V)
+    boxes: Tensor  # (P, 4), XYXY, decoded from box_values
+    gt_boxes: Tensor  # (P, 4), XYXY
+    gt_distances: Tensor  # (P, 4), from the location to the sides of gt_boxes
+    iou: Tensor  # (P,), of boxes and gt_boxes. No gradient
+
+    def mask(self, values: Tensor) -> Tensor:
+        """Values of shape (P,) with 0 for what is not positive."""
+        return torch.where(self.is_positive, values, 0)
