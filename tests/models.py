@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import Backbone
+from pathlib import Path
 
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import Boxes, Instances
+
+from gfl_d2 import load_config
 from gfl_d2.modeling import (
     GFL,
     ATSSAssigner,
@@ -20,6 +26,16 @@ from gfl_d2.modeling import (
 
 STRIDES = (8, 16, 32, 64, 128)
 NAMES = tuple(f"p{i}" for i in range(3, 8))
+
+QUALITIES = ("joint", "dgqp", "none", "centerness", "iou", "centerness_guided", "iou_guided")
+# Every combination of MODEL.GFL.QUALITY, BOX_REPRESENTATION and ASSIGNER.
+CHOICES = [
+    (quality, box, assigner)
+    for quality in QUALITIES
+    for box in ("general", "dirac", "gaussian")
+    for assigner in ("atss", "dynamic_atss")
+    if quality != "dgqp" or box == "general"
+]
 
 
 class GivenFeatures(Backbone):
@@ -81,6 +97,37 @@ def gfl_on_features(
         pixel_std=[1.0, 1.0, 1.0],
         **kwargs,
     )
+
+
+def small_config(
+    quality: str = "joint", box: str = "general", assigner: str = "atss", *opts
+) -> CfgNode:
+    """Of a small GFL of these choices, with three classes; ``opts`` are keys and values."""
+    config = Path(__file__).parent.parent / "configs" / "gfl_R_18_FPN_bccd_reference.yaml"
+    return load_config(
+        str(config),
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+            *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.GFL.CONV_DIM", 64, "MODEL.GFL.NUM_CONVS", 1),
+            *("MODEL.GFL.QUALITY", quality, "MODEL.GFL.BOX_REPRESENTATION", box),
+            *("MODEL.GFL.ASSIGNER", assigner, *opts),
+        ],
+    )
+
+
+def build_gfl(*args) -> GFL:
+    """The model of :func:`small_config`."""
+    torch.manual_seed(0)
+    return build_model(small_config(*args))
+
+
+def make_input(boxes=((10.0, 8.0, 70.0, 60.0), (30.0, 20.0, 90.0, 50.0)), size=(64, 96)) -> dict:
+    """An image of random pixels, the same each time, with these boxes, of classes 0, 1, 2, 0, ..."""
+    gt = Instances(size)
+    gt.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    gt.gt_classes = torch.arange(len(boxes)) % 3
+    pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
+    return {"image": pixels, "instances": gt}
 
 
 def randomize_norms(model: torch.nn.Module) -> torch.nn.Module:

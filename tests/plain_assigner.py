@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from detectron2.structures import Boxes
 
-from gfl_d2.modeling import Assignment, aligned_iou
+from gfl_d2.modeling import Levels, Matches, aligned_iou
 
 
 @torch.no_grad()
@@ -55,10 +55,13 @@ def plain_atss(
     return assigned
 
 
-def dense(assignment: Assignment, num_images: int, num_locations: int) -> torch.Tensor:
+def dense(matches: Matches, levels: Levels) -> torch.Tensor:
     """Shape (N, R): the number of the box of each location, counted over all images, or -1."""
-    matched = torch.full((num_images, num_locations), -1)
-    number, candidate = assignment.is_positive.nonzero(as_tuple=True)
-    location = assignment.location[number, candidate]
-    matched[assignment.image[number], location] = number
-    return matched
+    maps = []
+    for i, shape in enumerate(levels.shapes):
+        matched = torch.full((len(levels.valid_sizes), *shape), -1)
+        box, candidate = matches.is_positive[:, i].nonzero(as_tuple=True)
+        row, column = matches.row[box, i, candidate], matches.column[box, i, candidate]
+        matched[matches.image[box], row, column] = box
+        maps.append(matched.flatten(1))
+    return torch.cat(maps, dim=1)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from gfl_d2 import load_config
 from gfl_d2.errors import InputError
+from models import build_gfl, make_input
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ROWS = sorted(p for p in (CONFIGS / "ablations").glob("*.yaml") if not p.stem.startswith("Base"))
@@ -32,28 +31,6 @@ BOXES = {"general": {"loss_dfl"}, "dirac": set(), "gaussian": {"loss_kl"}}
 NUM_VALUES = {"general": 17, "dirac": 1, "gaussian": 2}
 
 
-def build(quality: str, box: str, assigner: str = "atss", *opts):
-    """A small model of these choices."""
-    cfg = load_config(
-        str(CONFIGS / "gfl_R_18_FPN_bccd_reference.yaml"),
-        [
-            *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-            *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.GFL.CONV_DIM", 64, "MODEL.GFL.NUM_CONVS", 1),
-            *("MODEL.GFL.QUALITY", quality, "MODEL.GFL.BOX_REPRESENTATION", box),
-            *("MODEL.GFL.ASSIGNER", assigner, *opts),
-        ],
-    )
-    torch.manual_seed(0)
-    return build_model(cfg)
-
-
-def make_inputs(boxes=((10.0, 8.0, 70.0, 60.0), (30.0, 20.0, 90.0, 50.0))):
-    gt = Instances((64, 96))
-    gt.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
-    gt.gt_classes = torch.arange(len(boxes)) % 3
-    return {"image": torch.rand(3, 64, 96) * 255, "instances": gt}
-
-
 @pytest.mark.parametrize(
     ("quality", "box", "assigner"),
     [
@@ -63,9 +40,9 @@ def make_inputs(boxes=((10.0, 8.0, 70.0, 60.0), (30.0, 20.0, 90.0, 50.0))):
     ],
 )
 def test_every_combination_trains_and_detects(quality, box, assigner):
-    model = build(quality, box, assigner, "MODEL.GFL.SCORE_THRESH_TEST", 0.001).train()
+    model = build_gfl(quality, box, assigner, "MODEL.GFL.SCORE_THRESH_TEST", 0.001).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    inputs = [make_inputs(), make_inputs([])]
+    inputs = [make_input(), make_input([])]
     for _ in range(2):
         with EventStorage():
             losses = model(inputs)
@@ -91,16 +68,16 @@ def test_every_combination_trains_and_detects(quality, box, assigner):
 @pytest.mark.parametrize("box", ["dirac", "gaussian"])
 def test_quality_of_distributions_needs_distributions(box):
     with pytest.raises(InputError, match=r"MODEL\.GFL\.BOX_REPRESENTATION.*MODEL\.GFL\.QUALITY"):
-        build("dgqp", box)
+        build_gfl("dgqp", box)
 
 
 def test_quality_of_distributions_needs_enough_bins():
     with pytest.raises(InputError, match=r"MODEL\.GFL\.DGQP_TOPK.*MODEL\.GFL\.REG_MAX"):
-        build("dgqp", "general", "atss", "MODEL.GFL.REG_MAX", 2)
+        build_gfl("dgqp", "general", "atss", "MODEL.GFL.REG_MAX", 2)
 
 
 def test_values_reach_the_choices():
-    model = build("dgqp", "general", "dynamic_atss", "MODEL.GFL.DGQP_TOPK", 3,
+    model = build_gfl("dgqp", "general", "dynamic_atss", "MODEL.GFL.DGQP_TOPK", 3,
                   "MODEL.GFL.DGQP_CHANNELS", 8, "MODEL.GFL.BIN_WIDTH", 0.5,
                   "MODEL.GFL.LOSS_DFL_WEIGHT", 0.5, "MODEL.GFL.ATSS_TOPK", 5)  # fmt: skip
     assert model.head.quality_pred[0].in_channels == 4 * 4
@@ -109,7 +86,7 @@ def test_values_reach_the_choices():
     assert type(model.assigner).__name__ == "DynamicATSSAssigner"
     assert model.assigner.topk == 5
 
-    model = build("iou", "gaussian", "atss", "MODEL.GFL.FOCAL_LOSS_ALPHA", 0.5,
+    model = build_gfl("iou", "gaussian", "atss", "MODEL.GFL.FOCAL_LOSS_ALPHA", 0.5,
                   "MODEL.GFL.FOCAL_LOSS_GAMMA", 1.0, "MODEL.GFL.LOSS_CLS_WEIGHT", 3.0,
                   "MODEL.GFL.LOSS_QUALITY_WEIGHT", 4.0, "MODEL.GFL.LOSS_KL_WEIGHT", 5.0,
                   "MODEL.GFL.ANCHOR_SCALE", 6.0)  # fmt: skip

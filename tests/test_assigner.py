@@ -10,45 +10,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from gfl_d2.modeling import ATSSAssigner, DynamicATSSAssigner, LevelGrid, Locations
+from gfl_d2.modeling import (
+    ATSSAssigner,
+    DynamicATSSAssigner,
+    GroundTruth,
+    Levels,
+    LocationGrid,
+)
 from plain_assigner import dense, plain_atss
 
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def make_locations(height, width, valid=None, offset: float = 0.0) -> Locations:
+def make_levels(height, width, valid=None, offset: float = 0.0) -> Levels:
     """Of one image, of which ``valid`` (height, width) is not padding."""
-    sizes, valid_sizes = (
-        [(-(-y // s), -(-x // s)) for s in STRIDES]
-        for y, x in ((height, width), valid or (height, width))
-    )
-    grids = [LevelGrid(s, offset * s, 8 * s) for s in STRIDES]
-    return Locations(grids, sizes, [valid_sizes])
+    shapes = [(-(-height // s), -(-width // s)) for s in STRIDES]
+    return LocationGrid(STRIDES, offset=offset)(shapes, torch.tensor([valid or (height, width)]))
 
 
-def make_anchors(locations: Locations, offset: float = 0.0) -> list[Boxes]:
+def make_anchors(levels: Levels, offset: float = 0.0) -> list[Boxes]:
     """As Detectron2 has them."""
     generator = DefaultAnchorGenerator(
         sizes=[[8 * s] for s in STRIDES], aspect_ratios=[1.0], strides=STRIDES, offset=offset
     )
-    return generator([torch.zeros(1, 1, *size) for size in locations.sizes])
+    return generator([torch.zeros(1, 1, *shape) for shape in levels.shapes])
 
 
-def valid_anchors(locations: Locations) -> torch.Tensor:
+def valid_anchors(levels: Levels) -> torch.Tensor:
     """Shape (R,), bool."""
     masks = []
-    for (height, width), (rows, columns) in zip(locations.sizes, locations.valid_sizes[0]):
+    for (height, width), (rows, columns) in zip(levels.shapes, levels.valid_sizes[0].tolist()):
         mask = torch.zeros(height, width, dtype=torch.bool)
         mask[:rows, :columns] = True
         masks.append(mask.flatten())
     return torch.cat(masks)
 
 
-def assign(locations, gt, assigner=None, predict=None):
+def ground_truth(*boxes_per_image: Boxes) -> GroundTruth:
+    image = torch.cat([torch.full((len(x),), i) for i, x in enumerate(boxes_per_image)])
+    return GroundTruth(Boxes.cat(boxes_per_image).tensor, torch.zeros_like(image), image)
+
+
+def assign(levels, gt, assigner=None, predict=None):
     """Of one image: shape (R,), the number of the box of each anchor, or -1."""
-    assignment = (assigner or ATSSAssigner())(locations, [gt.tensor], predict)
-    (matched,) = dense(assignment, 1, locations.starts[-1])
+    matches = (assigner or ATSSAssigner())(levels, ground_truth(gt), predict)
+    (matched,) = dense(matches, levels)
     return matched
+
+
+def predicted_at(levels, boxes):
+    """A function that gives, for matches, the boxes of shape (R, 4) at them."""
+    maps, first = [], 0
+    for shape in levels.shapes:
+        last = first + shape[0] * shape[1]
+        maps.append(boxes[first:last].T.reshape(1, 4, *shape))
+        first = last
+    return lambda matches: matches.take(maps)
+
+
+def num_locations(levels: Levels) -> int:
+    return sum(height * width for height, width in levels.shapes)
 
 
 def random_gt(count: int, height: int, width: int, seed: int) -> Boxes:
@@ -81,23 +102,23 @@ scenes = {
 
 def make_scene(seed, count, size, padding, offset, make):
     batch_size = [side + more for side, more in zip(size, padding)]
-    locations = make_locations(*batch_size, valid=size, offset=offset)
-    return locations, make_anchors(locations, offset), make(count, *size, seed)
+    levels = make_levels(*batch_size, valid=size, offset=offset)
+    return levels, make_anchors(levels, offset), make(count, *size, seed)
 
 
 @given(**scenes)
 @settings(max_examples=150)
 def test_equals_the_plain_algorithm(topk, **scene):
     """Exactly, with ties, padding and levels of few anchors."""
-    locations, anchors, gt = make_scene(**scene)
-    expected = plain_atss(anchors, gt, valid_anchors(locations), topk)
-    assert torch.equal(assign(locations, gt, ATSSAssigner(topk)), expected)
+    levels, anchors, gt = make_scene(**scene)
+    expected = plain_atss(anchors, gt, valid_anchors(levels), topk)
+    assert torch.equal(assign(levels, gt, ATSSAssigner(topk)), expected)
 
 
 @given(**scenes)
 @settings(max_examples=75)
 def test_dynamic_equals_the_plain_algorithm(topk, **scene):
-    locations, anchors, gt = make_scene(**scene)
+    levels, anchors, gt = make_scene(**scene)
     # As a trained model predicts: some boxes are good, whatever the anchor.
     predicted = Boxes.cat(anchors).tensor
     generator = torch.Generator().manual_seed(scene["seed"])
@@ -105,10 +126,8 @@ def test_dynamic_equals_the_plain_algorithm(topk, **scene):
     if len(gt) > 0:
         index = torch.arange(len(predicted)) % len(gt)
         predicted = torch.lerp(predicted, gt.tensor[index], 0.7)
-    expected = plain_atss(anchors, gt, valid_anchors(locations), topk, predicted)
-    assigned = assign(
-        locations, gt, DynamicATSSAssigner(topk), lambda image, location: predicted[location]
-    )
+    expected = plain_atss(anchors, gt, valid_anchors(levels), topk, predicted)
+    assigned = assign(levels, gt, DynamicATSSAssigner(topk), predicted_at(levels, predicted))
     assert torch.equal(assigned, expected)
 
 
@@ -116,25 +135,24 @@ def test_dynamic_equals_the_plain_algorithm(topk, **scene):
 @settings(max_examples=20)
 def test_boxes_outside_of_the_image(seed):
     """Centres anywhere, far and near: the nearest anchors are on the border."""
-    locations = make_locations(160, 224)
+    levels = make_levels(160, 224)
     generator = torch.Generator().manual_seed(seed)
     centers = (torch.rand(20, 2, generator=generator) - 0.3) * 600
     sizes = torch.rand(20, 2, generator=generator) * 400
     gt = Boxes(torch.cat((centers - sizes, centers + sizes), dim=1))
-    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations))
-    assert torch.equal(assign(locations, gt), expected)
+    expected = plain_atss(make_anchors(levels), gt, valid_anchors(levels))
+    assert torch.equal(assign(levels, gt), expected)
 
 
 def test_images_of_a_batch_do_not_mix():
     sizes = [(160, 224), (96, 224), (160, 64)]
-    alone = [make_locations(160, 224, valid=size) for size in sizes]
+    alone = [make_levels(160, 224, valid=size) for size in sizes]
     gt = [random_gt(count, *size, seed=count) for count, size in zip((7, 0, 3), sizes)]
-    batch = alone[0]._replace(valid_sizes=[x.valid_sizes[0] for x in alone])
-    assignment = ATSSAssigner()(batch, [boxes.tensor for boxes in gt])
-    matched = dense(assignment, 3, batch.starts[-1])
+    batch = alone[0]._replace(valid_sizes=torch.cat([x.valid_sizes for x in alone]))
+    matched = dense(ATSSAssigner()(batch, ground_truth(*gt)), batch)
     first = 0
-    for locations, boxes, together in zip(alone, gt, matched):
-        expected = assign(locations, boxes)
+    for levels, boxes, together in zip(alone, gt, matched):
+        expected = assign(levels, boxes)
         assert torch.equal(together, torch.where(expected >= 0, expected + first, -1))
         first += len(boxes)
 
@@ -143,15 +161,17 @@ def test_images_of_a_batch_do_not_mix():
 @settings(max_examples=10)
 def test_dynamic_with_predictions_far_from_everything_is_atss(seed):
     """They add an IoU of 0 to every candidate."""
-    locations, gt = make_locations(160, 224), random_gt(5, 160, 224, seed)
+    levels, gt = make_levels(160, 224), random_gt(5, 160, 224, seed)
     far = torch.tensor([-50.0, -50.0, -40.0, -40.0])
-    dynamic = assign(locations, gt, DynamicATSSAssigner(), lambda _, i: far.expand(*i.shape, 4))
-    assert torch.equal(dynamic, assign(locations, gt))
+    dynamic = assign(
+        levels, gt, DynamicATSSAssigner(), lambda matches: far.expand(*matches.row.shape, 4)
+    )
+    assert torch.equal(dynamic, assign(levels, gt))
 
 
 def test_dynamic_needs_predictions():
     with pytest.raises(ValueError, match="predict"):
-        assign(make_locations(64, 64), random_gt(2, 64, 64, seed=0), DynamicATSSAssigner())
+        assign(make_levels(64, 64), random_gt(2, 64, 64, seed=0), DynamicATSSAssigner())
 
 
 @given(seed=st.integers(0, 2**31 - 1))
@@ -159,21 +179,21 @@ def test_dynamic_needs_predictions():
 def test_flipped_boxes_give_flipped_targets(seed):
     """On a grid that is symmetrical in the image, so with centres in the middle of cells."""
     height, width = 128, 256
-    locations = make_locations(height, width, offset=0.5)
+    levels = make_levels(height, width, offset=0.5)
     gt = random_gt(6, height, width, seed)
     flipped = Boxes(torch.stack((width - gt.tensor[:, 2], gt.tensor[:, 1],
                                  width - gt.tensor[:, 0], gt.tensor[:, 3]), dim=1))  # fmt: skip
-    sizes = [height * width for height, width in locations.sizes]
-    assigned, mirrored = (assign(locations, boxes).split(sizes) for boxes in (gt, flipped))
+    sizes = [height * width for height, width in levels.shapes]
+    assigned, mirrored = (assign(levels, boxes).split(sizes) for boxes in (gt, flipped))
     for a, b, stride in zip(assigned, mirrored, STRIDES):
         assert torch.equal(a.view(-1, width // stride), b.view(-1, width // stride).flip(1))
 
 
 def test_no_boxes():
-    locations = make_locations(64, 64)
-    assigned = assign(locations, Boxes(torch.zeros(0, 4)))
+    levels = make_levels(64, 64)
+    assigned = assign(levels, Boxes(torch.zeros(0, 4)))
     assert assigned.dtype == torch.int64
-    assert assigned.shape == (locations.starts[-1],)
+    assert assigned.shape == (num_locations(levels),)
     assert (assigned == -1).all()
 
 
@@ -187,34 +207,34 @@ def test_no_boxes():
     ],
 )
 def test_odd_boxes(box):
-    locations = make_locations(128, 192)
+    levels = make_levels(128, 192)
     gt = Boxes(torch.tensor([box, [30.0, 20.0, 120.0, 90.0]]))
-    assigned = assign(locations, gt)
-    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations))
+    assigned = assign(levels, gt)
+    expected = plain_atss(make_anchors(levels), gt, valid_anchors(levels))
     assert torch.equal(assigned, expected)
     assert (assigned == 1).any()  # the ordinary box does not suffer
 
 
 def test_of_duplicates_the_first_box_wins():
-    locations = make_locations(128, 128)
+    levels = make_levels(128, 128)
     box = [30.3, 20.1, 90.7, 80.2]
-    once = assign(locations, Boxes(torch.tensor([box])))
-    thrice = assign(locations, Boxes(torch.tensor([box, box, box])))
+    once = assign(levels, Boxes(torch.tensor([box])))
+    thrice = assign(levels, Boxes(torch.tensor([box, box, box])))
     assert (once == 0).any()
     assert torch.equal(once, thrice)
 
 
 def test_order_of_boxes_does_not_matter():
-    locations, gt = make_locations(160, 160), random_gt(20, 160, 160, seed=3)
+    levels, gt = make_levels(160, 160), random_gt(20, 160, 160, seed=3)
     order = torch.randperm(20)
-    shuffled = assign(locations, gt[order])
-    assert torch.equal(assign(locations, gt), torch.where(shuffled >= 0, order[shuffled], -1))
+    shuffled = assign(levels, gt[order])
+    assert torch.equal(assign(levels, gt), torch.where(shuffled >= 0, order[shuffled], -1))
 
 
 def test_topk_beyond_the_size_of_every_level():
-    locations, gt = make_locations(64, 96), random_gt(4, 64, 96, seed=1)
-    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations), topk=1000)
-    assert torch.equal(assign(locations, gt, ATSSAssigner(1000)), expected)
+    levels, gt = make_levels(64, 96), random_gt(4, 64, 96, seed=1)
+    expected = plain_atss(make_anchors(levels), gt, valid_anchors(levels), topk=1000)
+    assert torch.equal(assign(levels, gt, ATSSAssigner(1000)), expected)
 
 
 def test_topk_must_be_positive():
@@ -223,19 +243,19 @@ def test_topk_must_be_positive():
 
 
 def test_more_boxes_than_anchors():
-    locations, gt = make_locations(64, 64), random_gt(200, 64, 64, seed=2)
-    assert locations.starts[-1] < 200
-    expected = plain_atss(make_anchors(locations), gt, valid_anchors(locations))
-    assert torch.equal(assign(locations, gt), expected)
+    levels, gt = make_levels(64, 64), random_gt(200, 64, 64, seed=2)
+    assert num_locations(levels) < 200
+    expected = plain_atss(make_anchors(levels), gt, valid_anchors(levels))
+    assert torch.equal(assign(levels, gt), expected)
 
 
 def test_five_thousand_boxes():
-    locations, gt = make_locations(1024, 1024), random_gt(5000, 1024, 1024, seed=0)
-    assigned = assign(locations, gt)
+    levels, gt = make_levels(1024, 1024), random_gt(5000, 1024, 1024, seed=0)
+    assigned = assign(levels, gt)
     # What few boxes get alone they get among many, unless a better box has taken the place.
-    few = assign(locations, gt[:20])
+    few = assign(levels, gt[:20])
     taken = (few >= 0) & (assigned != few)
     assert (assigned[few >= 0] >= 0).all()
-    iou = box_iou(Boxes.cat(make_anchors(locations)).tensor, gt.tensor)
+    iou = box_iou(Boxes.cat(make_anchors(levels)).tensor, gt.tensor)
     index = taken.nonzero()[:, 0]
     assert (iou[index, assigned[index]] >= iou[index, few[index]]).all()

@@ -5,8 +5,7 @@ import torch
 from detectron2.structures import Boxes
 from torch.testing import assert_close
 
-from gfl_d2.modeling import ATSSAssigner, LevelGrid, Locations, aligned_iou
-from gfl_d2.modeling.locations import valid_sizes
+from gfl_d2.modeling import ATSSAssigner, GroundTruth, LocationGrid, aligned_iou
 from plain_assigner import dense, plain_atss
 from reference_data import case, load
 
@@ -37,14 +36,11 @@ def test_assignment(name):
     anchors = case(arrays, f"anchors/{height}x{width}")
     anchors = [Boxes(anchors[f"l{i}"]) for i in range(len(anchors))]
 
-    grids = [LevelGrid(stride, 0.0, 8 * stride) for stride in STRIDES]
-    sizes = [tuple(size) for size in ref["featmap_sizes"].tolist()]
-    valid = valid_sizes([tuple(ref["image_size"].tolist())], grids, sizes, divisibility=32)
-    locations = Locations(grids, sizes, valid)
-    assert torch.equal(locations.centers(torch.device("cpu")), Boxes.cat(anchors).get_centers())
-
-    assignment = ATSSAssigner(topk=9)(locations, [ref["gt_boxes"]])
-    (assigned,) = dense(assignment, 1, len(ref["valid"]))
+    shapes = [tuple(size) for size in ref["featmap_sizes"].tolist()]
+    levels = LocationGrid(STRIDES)(shapes, ref["image_size"][None], divisibility=32)
+    zeros = torch.zeros(len(ref["gt_boxes"]), dtype=torch.int64)
+    matches = ATSSAssigner(topk=9)(levels, GroundTruth(ref["gt_boxes"], zeros, zeros))
+    (assigned,) = dense(matches, levels)
     plain = plain_atss(anchors, Boxes(ref["gt_boxes"]), ref["valid"])
     assert torch.equal(plain, ref["assigned_gt"].clamp(min=-1))
 

@@ -7,42 +7,53 @@ import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch.testing import assert_close
 
-from gfl_d2.modeling import LevelGrid, Locations
-from gfl_d2.modeling.locations import valid_mask, valid_sizes
+from gfl_d2.modeling import LocationGrid
 
 STRIDES = (8, 16, 20)
-SIZES = [(4, 5), (2, 3), (1, 1)]
-CPU = torch.device("cpu")
+SHAPES = [(4, 5), (2, 3), (1, 1)]
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_centers_are_detectron2s(offset):
+def test_centers_and_anchors_are_detectron2s(offset):
     generator = DefaultAnchorGenerator(
-        sizes=[[8 * s] for s in STRIDES], aspect_ratios=[1.0], strides=STRIDES, offset=offset
+        sizes=[[6 * s] for s in STRIDES], aspect_ratios=[1.0], strides=STRIDES, offset=offset
     )
-    levels = generator([torch.zeros(1, 1, *size) for size in SIZES])
-    grids = [LevelGrid(s, offset * s, 8 * s) for s in STRIDES]
-    locations = Locations(grids, SIZES, [])
-    assert_close(locations.centers(CPU), torch.cat([level.get_centers() for level in levels]))
-    assert locations.starts == [0, 20, 26, 27]
-    assert locations.strides(CPU).tolist() == [8] * 20 + [16] * 6 + [20]
+    anchors = generator([torch.zeros(1, 1, *shape) for shape in SHAPES])
+    grid = LocationGrid(STRIDES, offset=offset, anchor_scale=6.0)
+    levels = grid(SHAPES, torch.tensor([(32, 40)]))
+    for i, (height, width) in enumerate(SHAPES):
+        row, column = torch.cartesian_prod(torch.arange(height), torch.arange(width)).T
+        # Of every level, at the cells of this one.
+        cells = row.expand(3, -1), column.expand(3, -1)
+        assert_close(levels.centers(*cells)[i], anchors[i].get_centers())
+        sides = anchors[i].tensor[:, 2:] - anchors[i].tensor[:, :2]
+        assert_close(levels.anchor_sizes[i].expand_as(sides), sides)
+
+
+def test_legacy_centers():
+    """In the middle of a cell whose pixels have whole coordinates."""
+    levels = LocationGrid((8, 128), legacy_centers=True)(SHAPES[:2], torch.tensor([(32, 40)]))
+    assert levels.first.tolist() == [3.5, 63.5]
 
 
 def test_padding_to_the_divisibility_is_the_images_own():
-    grids = [LevelGrid(8, 0.0, 64), LevelGrid(64, 0.0, 512)]
-    maps = [(20, 20), (3, 3)]
-    sizes = valid_sizes([(33, 100), (64, 64)], grids, maps, divisibility=32)
-    assert sizes == [[(8, 16), (1, 2)], [(8, 8), (1, 1)]]
-    assert valid_sizes([(33, 100)], grids, maps, divisibility=0) == [[(5, 13), (1, 2)]]
+    grid, shapes = LocationGrid((8, 64)), [(20, 20), (3, 3)]
+    sizes = grid(shapes, torch.tensor([(33, 100), (64, 64)]), divisibility=32).valid_sizes
+    assert sizes.tolist() == [[[8, 16], [1, 2]], [[8, 8], [1, 1]]]
+    sizes = grid(shapes, torch.tensor([(33, 100)]), divisibility=0).valid_sizes
+    assert sizes.tolist() == [[[5, 13], [1, 2]]]
+
+
+def test_valid_mask():
+    levels = LocationGrid((8,))([(2, 3)], torch.tensor([(16, 8), (8, 24)]))
+    assert levels.valid_mask(0).long().tolist() == [
+        [[[1, 0, 0], [1, 0, 0]]],
+        [[[1, 1, 1], [0, 0, 0]]],
+    ]
 
 
 def test_no_location_is_beyond_the_map():
     """Of a backbone that rounds sizes down."""
-    grids = [LevelGrid(8, 0.0, 64), LevelGrid(16, 0.0, 128)]
-    sizes = valid_sizes([(86, 86), (40, 86)], grids, [(10, 10), (5, 5)], divisibility=0)
-    assert sizes == [[(10, 10), (5, 5)], [(5, 10), (3, 5)]]
-
-
-def test_valid_mask():
-    mask = valid_mask([(2, 1), (1, 3)], 2, 3, CPU)
-    assert mask.long().tolist() == [[[1, 0, 0], [1, 0, 0]], [[1, 1, 1], [0, 0, 0]]]
+    levels = LocationGrid((8, 16))([(10, 10), (5, 5)], torch.tensor([(86, 86), (40, 86)]))
+    assert levels.valid_mask(0).sum(dim=(1, 2, 3)).tolist() == [100, 50]
+    assert levels.valid_mask(1).sum(dim=(1, 2, 3)).tolist() == [25, 15]

@@ -14,77 +14,85 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from gfl_d2.modeling import (
+    CenternessBranch,
+    CenternessGuided,
     DistributionGuidedQuality,
     GeneralDistribution,
+    IoUBranch,
+    IoUGuided,
     JointQuality,
+    Levels,
+    LocationGrid,
+    Matches,
     NoQuality,
-    Positives,
     Predictions,
-    QualityBranch,
-    QualityGuided,
-    Targets,
+    Samples,
     centerness,
     joint_logits,
 )
 from gfl_d2.modeling.quality import DistributionGuidedQualityPredictor
-from models import split
+from gfl_d2.registry import QUALITY_REGISTRY
 
 N, C = 2, 3
-SIZES = [(2, 3), (1, 3)]  # of two levels
+SHAPES = [(2, 3), (1, 3)]  # of two levels
 R = 9
 # The last location of the second image is padding.
-VALID_SIZES = [[(2, 3), (2, 3)], [(1, 3), (1, 2)]]
+LEVELS: Levels = LocationGrid((8, 8))(SHAPES, torch.tensor([(16, 24), (16, 24)]))
+LEVELS.valid_sizes[1, 1] = torch.tensor((1, 2))
 finite = st.floats(-60, 60)
 
 
-def make_targets(num_positives: int = 4, seed: int = 0, num_unreal: int = 0) -> Targets:
+def make_samples(predictions: Predictions, num_positives: int = 4, seed: int = 0) -> Samples:
     """
-    Positives at random places, level by level. The last ``num_unreal`` are as candidates on a GPU
-    that are none: anywhere, and with values that must not matter.
+    Positives at random places, of a box each. The box's candidate on the other level is not
+    positive: it is at any place, and its values must not matter.
     """
     generator = torch.Generator().manual_seed(seed)
-    level_of = torch.tensor([0] * 12 + [1] * 5)
-    places = torch.randperm(17, generator=generator)[:num_positives].sort().values
-    positives = []
-    for level, (height, width) in enumerate(SIZES):
-        of_level = places[level_of[places] == level] - 12 * level
-        is_real = torch.ones(len(of_level), dtype=torch.bool)
-        if level == 1 and num_unreal:
-            of_level = torch.cat((of_level, of_level.new_tensor([0, 1] * num_unreal)[:num_unreal]))
-            is_real = torch.cat((is_real, is_real.new_zeros(num_unreal)))
-        cell = of_level % (height * width)
-        positives.append(
-            Positives(of_level // (height * width), cell // width, cell % width, is_real)
-        )
-    is_real = torch.cat([p.is_real for p in positives])
+    place = torch.randperm(17, generator=generator)[:num_positives]
+    # Places 0 to 11 are those of the first level.
+    level, cell = (place >= 12).long(), torch.where(place >= 12, place - 12, place)
+    area = torch.tensor([6, 3])[level]
+    row, column = torch.zeros(2, num_positives, 2, 1, dtype=torch.int64)
+    box = torch.arange(num_positives)
+    row[box, level, 0], column[box, level, 0] = cell % area // 3, cell % area % 3
+    is_positive = torch.zeros(num_positives, 2, 1, dtype=torch.bool)
+    is_positive[box, level] = True
+    matches = Matches(cell // area, row, column, is_positive)
     labels = torch.randint(0, C, (num_positives,), generator=generator)
-    distances = torch.rand(num_positives, 4, generator=generator, dtype=torch.float64) * 5
-    iou = torch.rand(num_positives, generator=generator, dtype=torch.float64)
-    labels, distances, iou = (
-        torch.cat((x, x.new_ones(num_unreal, *x.shape[1:]))) for x in (labels, distances, iou)
+    distances, iou = (
+        torch.rand(2 * num_positives, *shape, generator=generator, dtype=torch.float64)
+        for shape in ((4,), ())
     )
-    return Targets(
-        positives=positives,
-        valid_sizes=VALID_SIZES,
-        is_real=is_real,
-        labels=labels,
-        predictions=distances,
+    return Samples(
+        matches=matches,
+        is_positive=is_positive.flatten(),
+        image=matches.image.repeat_interleave(2),
+        classes=labels.repeat_interleave(2),
+        best_logits=matches.take(predictions.class_logits).detach().amax(dim=-1).flatten(),
+        quality_logits=matches.take(predictions.quality_logits).flatten(),
+        box_values=distances,
         boxes=distances,
         gt_boxes=distances,
-        gt_distances=distances,
+        gt_distances=5 * distances,
         iou=iou,
     )
 
 
-def spread(targets: Targets, values: torch.Tensor, other: float) -> torch.Tensor:
-    """Values of the real positives among all locations: shape (N, R)."""
-    maps = []
-    for positives, part, size in zip(targets.positives, split(targets, values), SIZES):
-        level = values.new_full((N, *size), other)
-        real = positives.is_real
-        level[positives.image[real], positives.row[real], positives.column[real]] = part[real]
+def spread(samples: Samples, values: torch.Tensor, other: float) -> torch.Tensor:
+    """Values of the positives among all locations: from shape (P,) to (N, R)."""
+    matches, maps = samples.matches, []
+    for i, shape in enumerate(SHAPES):
+        level = values.new_full((N, *shape), other)
+        real = matches.is_positive[:, i, 0]
+        place = matches.image, matches.row[:, i, 0], matches.column[:, i, 0]
+        level[tuple(x[real] for x in place)] = values.view(-1, 2)[:, i][real]
         maps.append(level.flatten(1))
     return torch.cat(maps, dim=1)
+
+
+def positives(samples: Samples, maps: list[torch.Tensor]) -> torch.Tensor:
+    """Values of the positives: from maps of shape (N, X, Hi, Wi) to (num_positives, X)."""
+    return samples.matches.take(maps).flatten(0, 2)[samples.is_positive]
 
 
 def flatten(maps):
@@ -98,8 +106,8 @@ VALID[1, -1] = False
 def make_logits(num_classes: int = C, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(N, num_classes, *size, generator=generator, dtype=torch.float64) * 2
-        for size in SIZES
+        torch.randn(N, num_classes, *shape, generator=generator, dtype=torch.float64) * 2
+        for shape in SHAPES
     ]
 
 
@@ -107,16 +115,16 @@ def make_predictions(logits=None, quality=None):
     return Predictions(logits or make_logits(), [], quality or make_logits(1, seed=1))
 
 
-def focal_loss(logits, targets):
+def focal_loss(logits, samples, alpha=0.25):
     """Of every valid location and class, one at a time: (N, R, C) as nested lists."""
     losses, logits = np.zeros((N, R, C)), flatten(logits).detach()
-    labels = spread(targets, targets.labels, C)
+    labels = spread(samples, samples.classes, C)
     for i in range(N):
         for j in range(R):
             for c in range(C):
                 p = 1 / (1 + math.exp(-float(logits[i, j, c])))
                 is_positive = int(labels[i, j]) == c
-                p_t, alpha_t = (p, 0.25) if is_positive else (1 - p, 0.75)
+                p_t, alpha_t = (p, alpha) if is_positive else (1 - p, 1 - alpha)
                 if VALID[i, j]:
                     losses[i, j, c] = -alpha_t * (1 - p_t) ** 2 * math.log(p_t)
     return losses
@@ -173,10 +181,13 @@ class TestCenterness:
 class TestJointQuality:
     @pytest.mark.parametrize("beta", [1.0, 2.0])
     def test_against_the_definition(self, beta):
-        targets, predictions = make_targets(), make_predictions()
-        losses, weights = JointQuality(beta=beta, weight=3.0).losses(predictions, targets)
-        iou, labels = spread(targets, targets.iou, 0), spread(targets, targets.labels, C)
-        logits = flatten(predictions.logits)
+        predictions = make_predictions()
+        samples, quality = make_samples(predictions), JointQuality(beta=beta, weight=3.0)
+        predictions = predictions._replace(quality_logits=None)
+        samples = samples._replace(quality_logits=None)
+        losses = quality.losses(predictions, LEVELS, samples)
+        iou, labels = spread(samples, samples.iou, 0), spread(samples, samples.classes, C)
+        logits = flatten(predictions.class_logits)
         expected = 0.0
         for i in range(N):
             for j in range(R):
@@ -186,21 +197,25 @@ class TestJointQuality:
                     bce = -(y * math.log(p) + (1 - y) * math.log(1 - p))
                     expected += abs(y - p) ** beta * bce * bool(VALID[i, j])
         assert float(losses["loss_qfl"]) == pytest.approx(3 * expected, rel=1e-12)
-        assert_close(weights, targets.take(predictions.logits).sigmoid().amax(dim=1))
+        best = positives(samples, predictions.class_logits).sigmoid().amax(dim=1)
+        assert_close(quality.box_weights(samples)[samples.is_positive], best)
 
 
 class TestDistributionGuidedQuality:
     def test_loss_is_qfl_of_the_product(self):
         """With probabilities, as the paper writes it."""
-        targets, predictions = make_targets(), make_predictions()
-        losses, weights = DistributionGuidedQuality().losses(predictions, targets)
-        p = flatten(predictions.logits).sigmoid() * flatten(predictions.quality).sigmoid()
-        labels = spread(targets, targets.labels, C)
-        y = F.one_hot(labels, C + 1)[..., :C] * spread(targets, targets.iou, 0)[..., None]
+        predictions = make_predictions()
+        samples, quality = make_samples(predictions), DistributionGuidedQuality()
+        losses = quality.losses(predictions, LEVELS, samples)
+        p = flatten(predictions.class_logits).sigmoid()
+        p = p * flatten(predictions.quality_logits).sigmoid()
+        labels = spread(samples, samples.classes, C)
+        y = F.one_hot(labels, C + 1)[..., :C] * spread(samples, samples.iou, 0)[..., None]
         loss = (y - p).abs() ** 2 * F.binary_cross_entropy(p, y, reduction="none")
         assert_close(losses["loss_qfl"], loss[VALID].sum())
-        best = targets.take(predictions.logits).sigmoid().amax(dim=1)
-        assert_close(weights, best * targets.take(predictions.quality)[:, 0].sigmoid())
+        best = positives(samples, predictions.class_logits).sigmoid().amax(dim=1)
+        best = best * positives(samples, predictions.quality_logits)[:, 0].sigmoid()
+        assert_close(quality.box_weights(samples)[samples.is_positive], best)
 
     def test_statistics(self):
         distributions = torch.randn(2, 4 * 6, 3, 5, dtype=torch.float64)
@@ -218,10 +233,10 @@ class TestDistributionGuidedQuality:
         """Nothing is detached between the box branch and QFL."""
         quality = DistributionGuidedQuality()
         predictor = quality.build_predictor(8, GeneralDistribution(5))
-        distributions = [torch.randn(N, 4 * 6, *size, requires_grad=True) for size in SIZES]
+        distributions = [torch.randn(N, 4 * 6, *shape, requires_grad=True) for shape in SHAPES]
         predicted = [predictor(None, maps) for maps in distributions]
-        logits = [maps.float() for maps in make_logits()]
-        losses, _ = quality.losses(make_predictions(logits, predicted), make_targets())
+        predictions = make_predictions([maps.float() for maps in make_logits()], predicted)
+        losses = quality.losses(predictions, LEVELS, make_samples(predictions))
         losses["loss_qfl"].backward()
         assert all((maps.grad != 0).any() for maps in distributions)
         assert all((p.grad != 0).any() for p in predictor.parameters())
@@ -229,7 +244,6 @@ class TestDistributionGuidedQuality:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_certain_predictions_under_autocast(self, dtype):
         """Probabilities of 0 and 1 to half precision: the loss is that of float32."""
-        targets = make_targets()
         # Values that half precision has.
         logits, quality = (
             [(maps * 20).to(dtype).requires_grad_() for maps in make_logits(number, seed)]
@@ -237,21 +251,32 @@ class TestDistributionGuidedQuality:
         )
         with torch.autocast("cpu", dtype=dtype):
             predictions = make_predictions(logits, quality)
-            losses, _ = DistributionGuidedQuality().losses(predictions, targets)
+            samples = make_samples(predictions)
+            losses = DistributionGuidedQuality().losses(predictions, LEVELS, samples)
         losses["loss_qfl"].backward()
         assert all(maps.grad.isfinite().all() for maps in (*logits, *quality))
         predictions = make_predictions([x.double() for x in logits], [x.double() for x in quality])
-        exact, _ = DistributionGuidedQuality().losses(predictions, targets)
+        exact = DistributionGuidedQuality().losses(predictions, LEVELS, samples)
         assert_close(losses["loss_qfl"].double(), exact["loss_qfl"], rtol=1e-5, atol=0)
 
 
 class TestNoQuality:
-    def test_is_focal_loss(self):
-        targets, predictions = make_targets(), make_predictions()
-        losses, weights = NoQuality(weight=2.0).losses(predictions, targets)
-        expected = 2 * focal_loss(predictions.logits, targets).sum()
+    @pytest.mark.parametrize("alpha", [0.25, 0.6])
+    def test_is_focal_loss(self, alpha):
+        predictions = make_predictions()
+        samples, quality = make_samples(predictions), NoQuality(alpha=alpha, weight=2.0)
+        losses = quality.losses(predictions, LEVELS, samples)
+        expected = 2 * focal_loss(predictions.class_logits, samples, alpha).sum()
         assert float(losses["loss_cls"]) == pytest.approx(expected)
-        assert weights.tolist() == [1.0] * 4
+        assert (quality.box_weights(samples) == 1).all()
+
+    def test_without_alpha(self):
+        """A negative alpha weighs nothing: twice the loss of alpha 1/2."""
+        predictions = make_predictions()
+        samples = make_samples(predictions)
+        losses = NoQuality(alpha=-1.0).losses(predictions, LEVELS, samples)
+        expected = 2 * focal_loss(predictions.class_logits, samples, 0.5).sum()
+        assert float(losses["loss_cls"]) == pytest.approx(expected)
 
     def test_score_is_the_class_score(self):
         logits = make_logits()[0]
@@ -259,8 +284,8 @@ class TestNoQuality:
 
 
 BRANCHES = {
-    "centerness": (QualityBranch(), lambda t: centerness(t.gt_distances)),
-    "iou": (QualityBranch(name="iou", target=lambda t: t.iou), lambda t: t.iou),
+    "centerness": (CenternessBranch(), lambda samples: centerness(samples.gt_distances)),
+    "iou": (IoUBranch(), lambda samples: samples.iou),
 }
 
 
@@ -268,95 +293,110 @@ class TestQualityBranch:
     @pytest.mark.parametrize("name", BRANCHES)
     def test_losses(self, name):
         branch, target = BRANCHES[name]
-        targets, predictions = make_targets(), make_predictions()
-        losses, weights = branch.losses(predictions, targets)
-        expected = focal_loss(predictions.logits, targets).sum()
+        predictions = make_predictions()
+        samples = make_samples(predictions)
+        losses = branch.losses(predictions, LEVELS, samples)
+        expected = focal_loss(predictions.class_logits, samples).sum()
         assert float(losses["loss_cls"]) == pytest.approx(expected)
-        p = targets.take(predictions.quality)[:, 0].sigmoid()
-        y = target(targets)
+        p = positives(samples, predictions.quality_logits)[:, 0].sigmoid()
+        y = target(samples)[samples.is_positive]
         assert_close(losses[f"loss_{name}"], -(y * p.log() + (1 - y) * (1 - p).log()).sum())
-        assert torch.equal(weights, y)
+        assert torch.equal(branch.box_weights(samples), target(samples))
 
     def test_only_positives_teach_the_branch(self):
-        targets = make_targets()
         quality = [maps.requires_grad_() for maps in make_logits(1)]
-        losses, _ = QualityBranch().losses(make_predictions(quality=quality), targets)
-        losses["loss_centerness"].backward()
-        is_positive = spread(targets, targets.labels, C) < C
+        predictions = make_predictions(quality=quality)
+        samples = make_samples(predictions)
+        CenternessBranch().losses(predictions, LEVELS, samples)["loss_centerness"].backward()
+        is_positive = spread(samples, samples.classes, C) < C
         grad = flatten([maps.grad for maps in quality])[..., 0]
         assert torch.equal(grad != 0, is_positive)
 
     def test_score_is_the_product(self):
         logits, quality = make_logits()[0], make_logits(1, seed=1)[0]
-        scores = QualityBranch().score_logits(logits, quality).sigmoid()
+        scores = CenternessBranch().score_logits(logits, quality).sigmoid()
         assert_close(scores, logits.sigmoid() * quality.sigmoid())
 
 
 class TestQualityGuided:
     def test_positives_keep_their_total_loss(self):
         """And it is shared out by centerness to the power of 1.5."""
-        targets = make_targets()
         logits = [maps.requires_grad_() for maps in make_logits()]
-        losses, weights = QualityGuided().losses(make_predictions(logits), targets)
-        assert float(losses["loss_cls"]) == pytest.approx(focal_loss(logits, targets).sum())
-        assert weights.tolist() == [1.0] * 4
+        predictions = make_predictions(logits)
+        samples = make_samples(predictions)
+        loss = CenternessGuided().losses(predictions, LEVELS, samples)["loss_cls"]
+        assert float(loss.detach()) == pytest.approx(focal_loss(logits, samples).sum())
+        assert (CenternessGuided().box_weights(samples) == 1).all()
 
-        # The weight of a positive is the factor of its gradient.
-        guided = torch.autograd.grad(losses["loss_cls"], logits)
-        plain = NoQuality().losses(make_predictions(logits), targets)[0]["loss_cls"]
+        # The weight of a positive is the factor of its gradient, in all classes.
+        guided = torch.autograd.grad(loss, logits)
+        plain = NoQuality().losses(predictions, LEVELS, samples)["loss_cls"]
         plain = torch.autograd.grad(plain, logits)
-        factor = (targets.take(guided) / targets.take(plain))[:, 0]
-        expected = centerness(targets.gt_distances) ** 1.5
-        assert_close(factor / factor[0], expected / expected[0], rtol=1e-5, atol=0)
-        is_negative = spread(targets, targets.labels, C) == C
+        factor = positives(samples, guided) / positives(samples, plain)
+        expected = centerness(samples.gt_distances)[samples.is_positive] ** 1.5
+        assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-5, atol=0)
+        assert_close(factor[:, 0] / factor[0, 0], expected / expected[0], rtol=1e-5, atol=0)
+        is_negative = spread(samples, samples.classes, C) == C
         assert_close(flatten(guided)[is_negative], flatten(plain)[is_negative])
 
     @pytest.mark.parametrize("iou", [0.0, 1.0])
     def test_equal_qualities_leave_focal_loss(self, iou):
-        targets = make_targets()._replace(iou=torch.full((4,), iou, dtype=torch.float64))
         predictions = make_predictions()
-        guided, _ = QualityGuided(target=lambda t: t.iou).losses(predictions, targets)
-        plain, _ = NoQuality().losses(predictions, targets)
+        samples = make_samples(predictions)
+        samples = samples._replace(iou=torch.full_like(samples.iou, iou))
+        guided = IoUGuided().losses(predictions, LEVELS, samples)["loss_cls"]
+        plain = NoQuality().losses(predictions, LEVELS, samples)["loss_cls"]
         if iou:
-            assert float(guided["loss_cls"]) == pytest.approx(float(plain["loss_cls"]))
+            assert float(guided) == pytest.approx(float(plain))
         else:  # no positive is worth learning from
-            assert guided["loss_cls"].isfinite()
-            assert guided["loss_cls"] < plain["loss_cls"]
+            assert guided.isfinite()
+            assert guided < plain
 
 
 CHOICES = [
     JointQuality(),
     DistributionGuidedQuality(),
     NoQuality(),
-    QualityBranch(),
-    QualityGuided(),
+    CenternessBranch(),
+    IoUGuided(),
 ]
+
+
+def losses_and_gradients(quality, logits, predicted, num_positives=4, **changes):
+    """Gradients of class logits, then of quality logits; None where there is none."""
+    for maps in (*logits, *predicted):
+        maps.requires_grad_()
+    predictions = make_predictions(logits, predicted)
+    samples = make_samples(predictions, num_positives)
+    if quality.build_predictor(8, GeneralDistribution()) is None:
+        samples = samples._replace(quality_logits=None)
+    samples = samples._replace(**{name: change(samples) for name, change in changes.items()})
+    losses = quality.losses(predictions, LEVELS, samples)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    return losses, [maps.grad for maps in logits], [maps.grad for maps in predicted]
 
 
 @pytest.mark.parametrize("quality", CHOICES)
 def test_no_positive(quality):
     """Finite, and connected to all predictions."""
-    logits, predicted = ([x.requires_grad_() for x in make_logits(n)] for n in (C, 1))
-    targets = make_targets(num_positives=0)
-    losses, weights = quality.losses(make_predictions(logits, predicted), targets)
-    sum(losses.values()).backward()
-    assert weights.shape == (0,)
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(maps.grad.isfinite().all() for maps in logits)
+    _, *grads = losses_and_gradients(quality, make_logits(), make_logits(1), num_positives=0)
+    assert all(grad.isfinite().all() for grad in grads[0])
     if quality.build_predictor(8, GeneralDistribution()) is not None:
-        assert all(maps.grad is not None for maps in predicted)
+        assert all(grad is not None for grad in grads[1])
 
 
 @pytest.mark.parametrize("quality", CHOICES)
 def test_candidates_that_are_not_positive_do_not_matter(quality):
-    """Losses and gradients are those without them."""
-    results = []
-    for num_unreal in (0, 3):
-        logits, predicted = ([x.requires_grad_() for x in make_logits(n)] for n in (C, 1))
-        targets = make_targets(num_unreal=num_unreal)
-        losses, _ = quality.losses(make_predictions(logits, predicted), targets)
-        sum(losses.values()).backward()
-        results.append((losses, [maps.grad for maps in logits], [maps.grad for maps in predicted]))
+    """Whatever their targets are."""
+
+    def change(samples):
+        return torch.where(samples.is_positive, samples.iou, 0.123)
+
+    results = [
+        losses_and_gradients(quality, make_logits(), make_logits(1), **changes)
+        for changes in ({}, {"iou": change})
+    ]
     assert_close(results[1], results[0])
 
 
@@ -367,10 +407,13 @@ def test_infinite_logits_in_the_padding_do_not_matter(quality):
         logits, predicted = (make_logits(n) for n in (C, 1))
         for maps in (logits, predicted):
             maps[1][1, :, :, 2] = value
-            for x in maps:
-                x.requires_grad_()
-        losses, _ = quality.losses(make_predictions(logits, predicted), make_targets())
-        sum(losses.values()).backward()
-        results.append((losses, [maps.grad for maps in logits]))
+        losses, grads, _ = losses_and_gradients(quality, logits, predicted)
+        results.append((losses, grads))
     assert_close(results[1], results[0])
     assert (results[1][1][1][1, :, :, 2] == 0).all()
+
+
+def test_every_choice_has_a_name():
+    assert {name for name, _ in QUALITY_REGISTRY} >= {
+        *("joint", "dgqp", "none", "centerness", "iou", "centerness_guided", "iou_guided")
+    }
