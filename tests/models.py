@@ -23,6 +23,9 @@ from gfl_d2.modeling import (
     LocationGrid,
     Quality,
 )
+from gfl_d2.modeling.assigner import build_assigner
+from gfl_d2.modeling.box_representation import build_box_representation
+from gfl_d2.modeling.quality import build_quality
 
 STRIDES = (8, 16, 32, 64, 128)
 NAMES = tuple(f"p{i}" for i in range(3, 8))
@@ -96,6 +99,20 @@ def gfl_on_features(
         pixel_mean=[0.0, 0.0, 0.0],
         pixel_std=[1.0, 1.0, 1.0],
         **kwargs,
+    )
+
+
+def gfl_of_choices(features: list[torch.Tensor], *choices: str) -> GFL:
+    """GFL on given features: a small head with three classes, and these choices by name."""
+    cfg = small_config(*choices)
+    return gfl_on_features(
+        features,
+        num_classes=3,
+        num_convs=1,
+        conv_dim=64,
+        box=build_box_representation(cfg),
+        quality=build_quality(cfg),
+        assigner=build_assigner(cfg),
     )
 
 

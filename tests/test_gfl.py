@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from gfl_d2.modeling import GeneralDistribution, JointQuality
 from models import STRIDES, gfl_on_features
-from reference_data import assert_close_to_largest
 
 SIZE = (128, 192)
 
@@ -253,40 +249,3 @@ def test_gradient_of_box_losses_by_finite_differences():
     box_losses(step).backward()
     numeric = (box_losses(torch.tensor(1e-5)) - box_losses(torch.tensor(-1e-5))) / 2e-5
     assert_close(step.grad, numeric.detach(), rtol=1e-5, atol=1e-8)
-
-
-def _train_in_process(rank, folder):
-    """One process of two, with one image; the second has no box."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    features = [f[rank : rank + 1] for f in make_features()]
-    model = make_model(features)
-    ddp = torch.nn.parallel.DistributedDataParallel(model)
-    losses, _ = train_losses(ddp, make_inputs([[BOXES, []][rank]]))
-    sum(losses.values()).backward()
-    result = {
-        "losses": {name: loss.detach() for name, loss in losses.items()},
-        "gradients": {name: p.grad for name, p in model.named_parameters()},
-    }
-    torch.save(result, os.path.join(folder, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_are_one_batch_of_two(tmp_path):
-    """
-    Normalizers are means over processes, so the mean of the losses, and the gradients that
-    DistributedDataParallel averages, are those of the whole batch. One process has no box at all.
-    """
-    model = make_model(make_features())
-    losses, _ = train_losses(model, make_inputs([BOXES, []]))
-    sum(losses.values()).backward()
-    mp.spawn(_train_in_process, args=(str(tmp_path),), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name, loss in losses.items():
-        mean = (parts[0]["losses"][name] + parts[1]["losses"][name]) / 2
-        assert_close(mean, loss.detach())
-    for name, parameter in model.named_parameters():
-        for part in parts:
-            assert_close_to_largest(part["gradients"][name], parameter.grad, 1e-4)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..registry import QUALITY_REGISTRY
 from .background_loss import background_terms
 from .box_ops import centerness
+from .distributed import all_reduce_mean
 from .precision import full_precision
 from .quality import Quality
 from .structures import Levels, Predictions, Samples
@@ -141,7 +142,8 @@ class _QualityGuided(NoQuality):
         background, positives = background - others.sum(), positives + others
 
         weights = samples.mask(self.quality(samples).pow(self.eta))
-        total, weighted = positives.detach().sum(), (weights * positives.detach()).sum()
+        sums = torch.stack((positives.sum(), (weights * positives).sum()))
+        total, weighted = all_reduce_mean(sums).unbind()
         weights = weights * total / weighted.clamp(min=torch.finfo(weighted.dtype).tiny)
         return {"loss_cls": self.weight * (background + (weights * positives).sum())}
 
