@@ -18,10 +18,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gfl_d2.checkpoint import GFLCheckpointer
-from gfl_d2.config import load_config
+from gfl_d2.config import check_training_config, load_config
 from gfl_d2.data import check_datasets, register_datasets
 from gfl_d2.deploy import prepare_for_inference
-from gfl_d2.engine import Trainer
+from gfl_d2.engine import Trainer, check_evaluators, check_output_folder, inference_folder
 from gfl_d2.errors import InputError, user_message
 
 
@@ -31,14 +31,28 @@ def setup(args):
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg, required=cfg.DATASETS.TEST if args.eval_only else None)
     check_datasets(cfg, eval_only=args.eval_only)
+    check_evaluators(cfg.DATASETS.TEST)
+    if not args.eval_only:
+        check_training_config(cfg)
+        if not args.resume:
+            check_output_folder(cfg.OUTPUT_DIR)
     return cfg
+
+
+def setup_output(cfg, args):
+    """Log and config of an evaluation go beside its results, and leave those of the training."""
+    cfg = cfg.clone()
+    if args.eval_only:
+        cfg.defrost()
+        cfg.OUTPUT_DIR = inference_folder(cfg)
+        cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gfl_d2")
 
 
 def run(args):
     cfg = setup(args)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gfl_d2")
-
+    setup_output(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         GFLCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True).resume_or_load(

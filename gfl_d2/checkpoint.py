@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .errors import InputError, name_some
+from .files import atomic_write
 
 __all__ = ["GFLCheckpointer"]
 
@@ -40,6 +44,9 @@ class GFLCheckpointer(DetectionCheckpointer):
     classifier then starts anew), or from a file that lacks whole parts of it, such as ImageNet
     weights, which have neither FPN nor head. A part of which only some parameters fit is an error.
     For evaluation, and to resume training, every parameter has to be there and fit.
+
+    Files are written whole or not at all: after a kill at any time, ``last_checkpoint`` names a
+    checkpoint that can be loaded.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class GFLCheckpointer(DetectionCheckpointer):
             kwargs: as in :class:`DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.path_manager = _AtomicPathManager()
         self.complete = complete
         self._path = ""
 
@@ -179,6 +187,26 @@ class GFLCheckpointer(DetectionCheckpointer):
         incompatible.incorrect_shapes.clear()
         for name in names:
             incompatible.missing_keys.remove(name)
+
+
+class _AtomicPathManager:
+    """Detectron2's, but that it writes local files by :func:`atomic_write`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(PathManager, name)
+
+    def open(self, path: str, mode: str = "r", **kwargs: Any) -> contextlib.AbstractContextManager:
+        if mode not in ("w", "wb") or "://" in path:
+            return PathManager.open(path, mode, **kwargs)
+        return atomic_write(path) if mode == "wb" else _atomic_write_text(path)
+
+
+@contextlib.contextmanager
+def _atomic_write_text(path: str) -> Iterator[IO[str]]:
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        yield text
+        text.detach()  # writes the rest
 
 
 def _part(name: str) -> str:

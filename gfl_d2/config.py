@@ -10,21 +10,19 @@ import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
-from detectron2.layers import get_norm
 
+from .config_checks import check_config, check_gfl_config, check_training_config
 from .errors import InputError
 
-__all__ = ["add_gfl_config", "check_gfl_config", "load_config"]
+__all__ = [
+    "add_gfl_config",
+    "check_config",
+    "check_gfl_config",
+    "check_training_config",
+    "load_config",
+]
 
 logger = logging.getLogger(__name__)
-
-
-_QUALITIES = ("joint", "dgqp", "none", "centerness", "iou", "centerness_guided", "iou_guided")
-_BOXES = ("general", "dirac", "gaussian")
-_ASSIGNERS = ("atss", "dynamic_atss")
-_COMPILE_MODES = (
-    "", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
-)  # fmt: skip
 
 
 def add_gfl_config(cfg: CN) -> None:
@@ -33,7 +31,7 @@ def add_gfl_config(cfg: CN) -> None:
     # Relative paths are looked for in the current directory, then in $DETECTRON2_DATASETS.
     cfg.DATASETS.REGISTER = []
 
-    # Metric whose best value keeps `model_best.pth`, e.g. "bbox/AP", or "<dataset>/bbox/AP" when
+    # Metric whose highest value keeps `model_best.pth`: "bbox/AP", or "<dataset>/bbox/AP" when
     # DATASETS.TEST has several; "" keeps none. Needs TEST.EVAL_PERIOD > 0.
     cfg.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
 
@@ -83,7 +81,8 @@ def add_gfl_config(cfg: CN) -> None:
     # Channels of the towers, >= 1; when NORM is "GN" a multiple of 32, >= 64 (its 32 groups need
     # more than one value each, also on a map of 1x1).
     cfg.MODEL.GFL.CONV_DIM = 256
-    # Normalization in the towers: any name known to detectron2.layers.get_norm, "" for none.
+    # Normalization in the towers: "GN", or another name known to detectron2.layers.get_norm but
+    # those with batch statistics ("BN", "SyncBN"), "" for none.
     cfg.MODEL.GFL.NORM = "GN"
     # Score of every class at the start of training, in (0, 1); sets the classifier's bias.
     cfg.MODEL.GFL.PRIOR_PROB = 0.01
@@ -172,111 +171,6 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU: using the CPU.")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.META_ARCHITECTURE == "GFL":
-        check_gfl_config(cfg)
-    _check_general_config(cfg)
+    check_config(cfg)
     cfg.freeze()
     return cfg
-
-
-def check_gfl_config(cfg: CN) -> None:
-    """
-    Check the values of ``MODEL.GFL`` and of the keys that GFL depends on.
-
-    Raises:
-        InputError: a value is out of range or contradicts another; the message names the key.
-    """
-    gfl = cfg.MODEL.GFL
-    rules = {
-        "NUM_CLASSES": (gfl.NUM_CLASSES >= 1, ">= 1"),
-        "IN_FEATURES": (len(gfl.IN_FEATURES) >= 1, "a list of at least one feature name"),
-        "NUM_CONVS": (gfl.NUM_CONVS >= 0, ">= 0"),
-        "CONV_DIM": (gfl.CONV_DIM >= 1, ">= 1"),
-        "PRIOR_PROB": (0 < gfl.PRIOR_PROB < 1, "in (0, 1)"),
-        "QUALITY": (gfl.QUALITY in _QUALITIES, f"one of {_QUALITIES}"),
-        "BOX_REPRESENTATION": (gfl.BOX_REPRESENTATION in _BOXES, f"one of {_BOXES}"),
-        "ASSIGNER": (gfl.ASSIGNER in _ASSIGNERS, f"one of {_ASSIGNERS}"),
-        "REG_MAX": (gfl.REG_MAX >= 1, ">= 1"),
-        "BIN_WIDTH": (gfl.BIN_WIDTH > 0, "> 0"),
-        "DGQP_TOPK": (gfl.DGQP_TOPK >= 1, ">= 1"),
-        "DGQP_CHANNELS": (gfl.DGQP_CHANNELS >= 1, ">= 1"),
-        "ANCHOR_SCALE": (gfl.ANCHOR_SCALE > 0, "> 0"),
-        "ATSS_TOPK": (gfl.ATSS_TOPK >= 1, ">= 1"),
-        # For 0 < beta < 1 the gradient of QFL is infinite where the prediction meets the target.
-        "QFL_BETA": (gfl.QFL_BETA == 0 or gfl.QFL_BETA >= 1, "0 or >= 1"),
-        "FOCAL_LOSS_ALPHA": (gfl.FOCAL_LOSS_ALPHA <= 1, "in [0, 1], or negative"),
-        "FOCAL_LOSS_GAMMA": (gfl.FOCAL_LOSS_GAMMA == 0 or gfl.FOCAL_LOSS_GAMMA >= 1, "0 or >= 1"),
-        **{
-            f"LOSS_{name}_WEIGHT": (gfl[f"LOSS_{name}_WEIGHT"] >= 0, ">= 0")
-            for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL")
-        },
-        "BOX_NORMALIZER_MIN": (gfl.BOX_NORMALIZER_MIN > 0, "> 0"),
-        "SCORE_THRESH_TEST": (0 <= gfl.SCORE_THRESH_TEST < 1, "in [0, 1)"),
-        "TOPK_CANDIDATES_TEST": (gfl.TOPK_CANDIDATES_TEST >= 1, ">= 1"),
-        "NMS_THRESH_TEST": (0 <= gfl.NMS_THRESH_TEST <= 1, "in [0, 1]"),
-    }
-    for key, (holds, allowed) in rules.items():
-        _require(holds, f"MODEL.GFL.{key}", allowed, gfl[key])
-    try:
-        get_norm(gfl.NORM, 64)
-    except KeyError:
-        allowed = "the name of a normalization, such as 'GN', or ''"
-        _require(False, "MODEL.GFL.NORM", allowed, gfl.NORM)
-    _require(
-        gfl.NORM != "GN" or gfl.NUM_CONVS == 0 or (gfl.CONV_DIM % 32 == 0 and gfl.CONV_DIM >= 64),
-        "MODEL.GFL.CONV_DIM",
-        "a multiple of 32, and at least 64, when MODEL.GFL.NORM is 'GN'",
-        gfl.CONV_DIM,
-    )
-    if gfl.QUALITY == "dgqp":
-        when = "when MODEL.GFL.QUALITY is 'dgqp'"
-        is_general = gfl.BOX_REPRESENTATION == "general"
-        _require(
-            is_general, "MODEL.GFL.BOX_REPRESENTATION", f"'general' {when}", gfl.BOX_REPRESENTATION
-        )
-        fits = gfl.DGQP_TOPK <= gfl.REG_MAX + 1
-        _require(
-            fits, "MODEL.GFL.DGQP_TOPK", f"at most MODEL.GFL.REG_MAX + 1 {when}", gfl.DGQP_TOPK
-        )
-    offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
-    _require(
-        offset == 0 or not gfl.LEGACY_ANCHOR_CENTERS,
-        "MODEL.ANCHOR_GENERATOR.OFFSET",
-        "0.0 when MODEL.GFL.LEGACY_ANCHOR_CENTERS is True",
-        offset,
-    )
-    _require(0 <= offset < 1, "MODEL.ANCHOR_GENERATOR.OFFSET", "in [0, 1)", offset)
-    number = cfg.TEST.DETECTIONS_PER_IMAGE
-    _require(number >= 1, "TEST.DETECTIONS_PER_IMAGE", ">= 1", number)
-
-
-def _check_general_config(cfg: CN) -> None:
-    """Check the keys that this project adds to Detectron2's, for whatever meta-architecture."""
-    if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL:
-        when = "when MODEL.RESNETS.ZERO_INIT_RESIDUAL is True"
-        name = cfg.MODEL.BACKBONE.NAME
-        builders = ("build_gfl_resnet_fpn_backbone", "build_gfl_res2net_fpn_backbone")
-        _require(name in builders, "MODEL.BACKBONE.NAME", f"one of {builders} {when}", name)
-        # A frozen block with a zero scale would stay the identity for ever.
-        norm, freeze_at = cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT
-        is_trainable = norm not in ("", "FrozenBN")
-        _require(is_trainable, "MODEL.RESNETS.NORM", f"a trainable one {when}", norm)
-        _require(freeze_at < 2, "MODEL.BACKBONE.FREEZE_AT", f"< 2 {when}", freeze_at)
-
-    flip, flips = cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical", "both")
-    _require(flip in flips, "INPUT.RANDOM_FLIP", f"one of {flips}", flip)
-    clip, clips = cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, ("value", "norm", "full_model")
-    _require(clip in clips, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", f"one of {clips}", clip)
-    precision, precisions = cfg.TEST.PRECISION, ("float32", "bfloat16", "float16")
-    _require(precision in precisions, "TEST.PRECISION", f"one of {precisions}", precision)
-    on_gpu = precision != "float16" or cfg.MODEL.DEVICE != "cpu"
-    _require(on_gpu, "TEST.PRECISION", "'float32' or 'bfloat16' on a CPU", precision)
-    for key, mode in (("TEST", cfg.TEST.COMPILE), ("SOLVER", cfg.SOLVER.COMPILE)):
-        _require(mode in _COMPILE_MODES, f"{key}.COMPILE", f"one of {_COMPILE_MODES}", mode)
-    both = cfg.SOLVER.BF16 and cfg.SOLVER.AMP.ENABLED
-    _require(not both, "SOLVER.BF16", "False when SOLVER.AMP.ENABLED is True", cfg.SOLVER.BF16)
-
-
-def _require(holds: bool, key: str, allowed: str, value: object) -> None:
-    if not holds:
-        raise InputError(f"{key} must be {allowed}, got {value!r}")

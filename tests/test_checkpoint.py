@@ -1,4 +1,8 @@
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +189,67 @@ def test_failed_load_writes_nothing(tmp_path):
     load_error(build(conv_dim=96), path, save_dir=str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
     assert (tmp_path / "model.pth").read_bytes() == content
+
+
+# Writing
+
+
+class Bomb:
+    """Ends the process, or raises, when it is saved."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def __reduce__(self):
+        if self.error is not None:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_twice(folder, bomb):
+    """Once well, then once with what cannot be saved, under the same name."""
+    model = torch.nn.Linear(1, 1)
+    checkpointer = GFLCheckpointer(model, str(folder))
+    checkpointer.save("model_final", iteration=3)
+    with torch.no_grad():
+        model.weight.fill_(9.0)
+    # Large, so that bytes of it are in the file already.
+    checkpointer.save("model_final", iteration=4, large=np.zeros(10**6), bomb=bomb)
+
+
+def check_first_is_whole(folder):
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    model = torch.nn.Linear(1, 1)
+    assert GFLCheckpointer(model, str(folder)).resume_or_load("")["iteration"] == 3
+    assert model.weight.item() != 9.0
+
+
+def test_error_while_saving_leaves_the_last_checkpoint(tmp_path):
+    with pytest.raises(OSError, match="disk full"):
+        save_twice(tmp_path, Bomb(OSError("disk full")))
+    check_first_is_whole(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"last_checkpoint", "model_final.pth"}
+
+
+def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path):
+    code = f"import test_checkpoint as t; t.save_twice({str(tmp_path)!r}, t.Bomb())"
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    check_first_is_whole(tmp_path)
+
+
+def test_tag_moves_when_it_is_whole(tmp_path):
+    """And after the file that it names."""
+    checkpointer = GFLCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001")
+    tag = str(tmp_path / "last_checkpoint")
+    with checkpointer.path_manager.open(tag, "w") as file:
+        file.write("model_0000002.pth")
+        file.flush()
+        assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000002.pth")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -16,9 +17,10 @@ from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from torch import nn
 
-from gfl_d2 import load_config
+from gfl_d2 import add_gfl_config, load_config
+from gfl_d2.config import check_training_config
 from gfl_d2.errors import InputError
-from gfl_d2.modeling import GFL, LevelGrid
+from gfl_d2.modeling import GFL
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -72,6 +74,10 @@ def count_parameters(model):
         if name.endswith(("norm.weight", "norm.bias"))
     )
     return sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in affine)
+
+
+def levels_of(model):
+    return model.grid([(1, 1)] * 5, torch.tensor([[64, 64]]))
 
 
 def test_published_models_are_all_there():
@@ -152,6 +158,15 @@ def test_schedules_of_the_published_models():
         ("IN_FEATURES", ["p4", "p3"]),
         ("IN_FEATURES", ["p3", "p3"]),
         ("NORM", "XY"),
+        ("NORM", "BN"),  # all levels would share its average, as in the next ones
+        ("NORM", "SyncBN"),
+        ("NORM", "nnSyncBN"),
+        ("NORM", "naiveSyncBN"),
+        ("ANCHOR_SCALE", float("inf")),
+        ("BIN_WIDTH", float("nan")),
+        ("LOSS_QFL_WEIGHT", float("inf")),
+        ("FOCAL_LOSS_ALPHA", float("-inf")),
+        ("QFL_BETA", float("inf")),
         ("NUM_CONVS", -1),
         ("CONV_DIM", 48),
         ("CONV_DIM", 32),
@@ -197,6 +212,23 @@ def test_bad_values_name_their_key(key, value):
         ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
         ("MODEL.GFL.REGMAX", 16),  # no such key
         ("MODEL.GFL.REG_MAX", "many"),
+        ("MODEL.MASK_ON", True),
+        ("MODEL.KEYPOINT_ON", True),
+        ("MODEL.LOAD_PROPOSALS", True),
+        ("MODEL.PIXEL_MEAN", [1.0]),
+        ("MODEL.PIXEL_STD", [1.0, 1.0]),
+        ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0]),
+        ("MODEL.PIXEL_MEAN", [1.0, float("nan"), 1.0]),
+        ("MODEL.DEVICE", "gpu"),
+        ("INPUT.FORMAT", "rgb"),
+        ("INPUT.FORMAT", "BRG"),
+        ("INPUT.FORMAT", "F"),
+        ("DATALOADER.SAMPLER_TRAIN", "trainingsampler"),
+        ("SOLVER.BASE_LR", float("inf")),
+        ("SOLVER.WEIGHT_DECAY", float("nan")),
+        ("INPUT.CROP.SIZE", [0.5, float("nan")]),
+        ("TEST.AUG.ENABLED", True),
+        ("VIS_PERIOD", -1),
     ],
 )
 def test_other_bad_values_name_their_key(key, value):
@@ -204,11 +236,78 @@ def test_other_bad_values_name_their_key(key, value):
         small(key, value)
 
 
+@pytest.mark.parametrize(
+    ("image_format", "channels"), [("BGR", 3), ("YUV-BT.601", 3), ("L", 1), ("CMYK", 4)]
+)
+def test_formats_of_images(image_format, channels):
+    opts = ["MODEL.PIXEL_MEAN", [1.0] * channels, "MODEL.PIXEL_STD", [1.0] * channels]
+    assert len(build_model(small("INPUT.FORMAT", image_format, *opts)).pixel_mean) == channels
+
+
+def test_maximum_norm_is_finite_enough():
+    small("SOLVER.CLIP_GRADIENTS.NORM_TYPE", float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("INPUT.FORMAT", "rgb"), ("MODEL.GFL.BIN_WIDTH", float("inf")), ("TEST.COMPILE", "fast")],
+)
+def test_a_model_built_without_a_config_file_is_checked(key, value):
+    cfg = get_cfg()
+    add_gfl_config(cfg)
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "GFL", "MODEL.DEVICE", "cpu", key, value])
+    with pytest.raises(InputError, match=key):
+        build_model(cfg)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_that_is_not_there():
+    cfg = small().clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cuda"
+    with pytest.raises(InputError, match=r"MODEL\.DEVICE must be 'cpu' on this machine"):
+        build_model(cfg)
+
+
+def test_amp_is_for_gpus():
+    """It is refused in training alone, so that the model can be evaluated anywhere."""
+    with pytest.raises(InputError, match=r"SOLVER\.AMP\.ENABLED.* CPU.*SOLVER\.BF16"):
+        check_training_config(small("SOLVER.AMP.ENABLED", True))
+
+
+@pytest.mark.parametrize(
+    ("test", "metric", "advice"),
+    [
+        (("a",), "bbox/AP", None),
+        (("a",), "", None),
+        (("a", "b"), "", None),
+        (("a", "b"), "b/bbox/AP", None),
+        ((), "bbox/AP", None),
+        (("a", "b"), "bbox/AP", "'a/bbox/AP'"),
+        (("a",), "a/bbox/AP", "'bbox/AP'"),
+    ],
+)
+def test_metric_of_the_best_model(test, metric, advice):
+    cfg = small("DATASETS.TEST", test, "TEST.BEST_CHECKPOINT_METRIC", metric)
+    if advice is None:
+        check_training_config(cfg)
+        return
+    with pytest.raises(InputError, match=rf"TEST\.BEST_CHECKPOINT_METRIC.*{advice}"):
+        check_training_config(cfg)
+    # Not used without an evaluation in training.
+    check_training_config(small("DATASETS.TEST", test, "TEST.EVAL_PERIOD", 0))
+
+
+def test_parts_check_their_own_keys_when_a_config_is_loaded():
+    with pytest.raises(InputError, match=r"DGQP_TOPK.*REG_MAX"):
+        small("MODEL.GFL.QUALITY", "dgqp", "MODEL.GFL.REG_MAX", 2)
+
+
 def test_legacy_centers_and_an_offset_exclude_each_other():
     with pytest.raises(InputError, match=r"ANCHOR_GENERATOR\.OFFSET.*LEGACY_ANCHOR_CENTERS"):
         small("MODEL.GFL.LEGACY_ANCHOR_CENTERS", True, "MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)
     model = build_model(small("MODEL.GFL.LEGACY_ANCHOR_CENTERS", True))
-    assert [grid.first for grid in model.grids] == [3.5, 7.5, 15.5, 31.5, 63.5]
+    assert levels_of(model).first.tolist() == [3.5, 7.5, 15.5, 31.5, 63.5]
 
 
 def test_bf16_and_amp_exclude_each_other():
@@ -242,7 +341,8 @@ def test_values_reach_the_model():
     torch.testing.assert_close(model.head.cls_score.bias.sigmoid(), torch.full((3,), 0.05))
     assert (model.test_score_thresh, model.test_nms_thresh) == (0.3, 0.4)
     assert model.max_detections_per_image == 7
-    assert model.grids[0] == LevelGrid(stride=8, first=4.0, anchor_size=48.0)
+    levels = levels_of(model)
+    assert (levels.strides[0], levels.first[0], levels.anchor_sizes[0]) == (8, 4, 48)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data import transforms as T
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from gfl_d2 import add_gfl_config
@@ -503,6 +504,25 @@ def test_dataset_of_other_code_that_knows_its_classes_late(data):
     DatasetCatalog.register("late", load)
     with pytest.raises(InputError, match=r"'late' has 3 classes \(cat, dog, cow\)"):
         check_datasets(make_cfg(("late",), ()))
+
+
+def test_an_error_in_a_users_own_dataset_keeps_its_traceback():
+    """It is in no file that is read here."""
+
+    def load():
+        return [{"file_name": {}["file"], "annotations": []}]
+
+    DatasetCatalog.register("own", load)
+    with pytest.raises(KeyError) as error:
+        load_training_dicts(make_cfg(("own",), ()))
+    assert error.traceback[-1].name == "load"
+
+
+def test_an_error_in_a_file_that_detectron2_reads(tmp_path):
+    (tmp_path / "annotations.json").write_text('{"images": [], "categories": [')
+    register_coco_instances("other", {}, str(tmp_path / "annotations.json"), str(tmp_path))
+    with pytest.raises(InputError, match=r"Dataset other \(.*annotations\.json\) cannot be loaded"):
+        load_training_dicts(make_cfg(("other",), ()))
 
 
 # Mapper

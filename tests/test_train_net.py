@@ -4,65 +4,26 @@ from __future__ import annotations
 
 import json
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
-from gfl_d2.deploy.precision import has_fast_bfloat16
+from gfl_d2.engine import trainer
 from gfl_d2.modeling import GFLHead
-from scripts import ROOT, load_script
+from scripts import load_script
+from toy_training import CONFIG, options, write_dataset
 
 train_net = load_script("train_net.py")
 
 
 @pytest.fixture
 def dataset(tmp_path, clean_catalogs):
-    """Six images of 64x96 with two boxes each, but for an empty one and one with a crowd."""
-    images, annotations = [], []
-    generator = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for i in range(1, 7):
-        pixels = generator.integers(0, 255, (64, 96, 3), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / "images" / f"{i}.png"), pixels)
-        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
-        for k in range(0 if i == 1 else 2):
-            x, y, w, h = generator.uniform([0, 0, 8, 8], [40, 20, 50, 40]).tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": i,
-                    "category_id": k + 1,
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": int(i == 2 and k == 1),
-                }
-            )
-    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    data = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "instances.json").write_text(json.dumps(data))
+    write_dataset(tmp_path)
     return tmp_path
 
 
 def run(folder, *args, opts=()):
-    entries = [
-        [name, str(folder / "instances.json"), str(folder / "images")]
-        for name in ("toy_train", "toy_val")
-    ]
-    command = [
-        *("--config-file", str(ROOT / "configs" / "gfl_R_18_FPN_bccd_reference.yaml"), *args),
-        *("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('toy_train',)"),
-        *("DATASETS.TEST", "('toy_val',)", "MODEL.GFL.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu"),
-        *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.GFL.CONV_DIM", "64", "MODEL.GFL.NUM_CONVS", "1"),
-        *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
-        *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False", "DATALOADER.NUM_WORKERS", "0"),
-        *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()"),
-        *("SOLVER.WARMUP_ITERS", "1", "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
-        # Untrained scores are low, and without detections there is no AP.
-        *("MODEL.GFL.SCORE_THRESH_TEST", "0.0"),
-        *("OUTPUT_DIR", str(folder / "output"), *map(str, opts)),
-    ]
+    command = ["--config-file", CONFIG, *args, *options(folder, *opts)]
     return train_net.main(default_argument_parser().parse_args(command))
 
 
@@ -97,16 +58,35 @@ def test_train_and_evaluate(dataset):
     names = {path.name for path in output.iterdir()}
     assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "log.txt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
     logged = set().union(*read_metrics(output))
     assert {"loss_qfl", "loss_bbox", "loss_dfl", "gfl/pos_quality", "bbox/AP"} <= logged
 
+    files = {name: (output / name).read_bytes() for name in ("config.yaml", "metrics.json")}
     # Evaluation needs no training data.
     entries = [["toy_val", str(dataset / "instances.json"), str(dataset / "images")],
                ["other_train", str(dataset / "absent.json"), str(dataset / "images")]]  # fmt: skip
-    opts = ["MODEL.WEIGHTS", output / "model_final.pth", "DATASETS.REGISTER", entries]
+    opts = ["MODEL.WEIGHTS", output / "model_best.pth", "DATASETS.REGISTER", entries]
     results = run(dataset, "--eval-only", opts=[*opts, "DATASETS.TRAIN", "('other_train',)"])
     assert 0 <= results["bbox"]["AP"] <= 100
     assert (output / "inference" / "coco_instances_results.json").is_file()
+    assert (output / "inference" / "config.yaml").is_file()
+    assert {name: (output / name).read_bytes() for name in files} == files
+
+
+def test_several_datasets_to_test(dataset):
+    test = ["DATASETS.TEST", "('toy_train', 'toy_val')", "SOLVER.MAX_ITER", 1]
+    message = error_of(dataset, opts=test)
+    assert "TEST.BEST_CHECKPOINT_METRIC" in message
+    assert "'toy_train/bbox/AP'" in message
+    assert not (dataset / "output").exists()
+
+    run(dataset, opts=[*test, "TEST.BEST_CHECKPOINT_METRIC", "toy_val/bbox/AP"])
+    best = torch.load(dataset / "output" / "model_best.pth", weights_only=True)
+    assert set(best["metrics"]) == {"toy_val/bbox/AP"}
+    for name in ("toy_train", "toy_val"):
+        folder = dataset / "output" / "inference" / name
+        assert (folder / "coco_instances_results.json").is_file()
 
 
 def test_resumed_training_is_uninterrupted_training(dataset):
@@ -118,8 +98,6 @@ def test_resumed_training_is_uninterrupted_training(dataset):
     opts = ["INPUT.RANDOM_FLIP", "none", "SEED", 1, "SOLVER.STEPS", "(3,)", "SOLVER.MAX_ITER"]
     run(dataset, opts=[*opts, 4, "OUTPUT_DIR", dataset / "whole"])
     run(dataset, opts=[*opts, 2, "OUTPUT_DIR", dataset / "parts"])
-    state = read_checkpoint(dataset / "parts" / "model_0000001.pth")["trainer"]
-    assert "best_metric" in state["hooks"]["BestCheckpointer"]
     run(dataset, "--resume", opts=[*opts, 4, "OUTPUT_DIR", dataset / "parts"])
 
     whole, parts = (
@@ -144,7 +122,6 @@ def relative_difference(expected, actual) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="the CPU has no bfloat16")
 def test_bfloat16_training(dataset, monkeypatch):
     dtypes = set()
     forward = GFLHead.forward
@@ -155,6 +132,7 @@ def test_bfloat16_training(dataset, monkeypatch):
         return logits, distributions
 
     monkeypatch.setattr(GFLHead, "forward", spy)
+    monkeypatch.setattr(trainer, "has_fast_bfloat16", lambda device_type: True)
     run(dataset, opts=["SOLVER.BF16", True])
     assert dtypes == {(True, torch.bfloat16), (False, torch.float32)}
     weights = read_checkpoint(dataset / "output" / "model_final.pth")["model"]
@@ -194,8 +172,8 @@ def test_clipping_of_the_whole_gradient(dataset):
             "TEST.EVAL_PERIOD", 0, "SEED", 1, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"]  # fmt: skip
     weights = []
     for limit in (1e-6, 1e-3):
-        run(dataset, opts=[*opts, limit])
-        state = read_checkpoint(dataset / "output" / "model_final.pth")["model"]
+        run(dataset, opts=[*opts, limit, "OUTPUT_DIR", dataset / str(limit)])
+        state = read_checkpoint(dataset / str(limit) / "model_final.pth")["model"]
         trained = [w for name, w in state.items() if "running" not in name and "num_b" not in name]
         weights.append(flatten(trained))
     # Both start from the same weights, so their distance is at most the sum of the two steps.
@@ -231,14 +209,24 @@ def test_number_of_classes(dataset):
 def test_a_failed_start_overwrites_nothing(dataset):
     run(dataset)
     output = dataset / "output"
-    before = {path: path.read_bytes() for path in output.glob("*.pth")}
-    config = (output / "config.yaml").read_bytes()
+
+    def files():
+        paths = [path for path in output.rglob("*") if path.is_file()]
+        # The log goes on to the end of this process.
+        return {path: path.read_bytes() for path in paths if path.name != "log.txt"}
+
+    before = files()
     error_of(dataset, opts=["MODEL.GFL.REG_MAX", 0])
-    assert (output / "config.yaml").read_bytes() == config
-    error_of(dataset, opts=["MODEL.WEIGHTS", dataset / "absent.pth"])
+    # A new training would be mixed with the one that is there.
+    message = error_of(dataset, opts=["SOLVER.MAX_ITER", 1])
+    assert "--resume" in message
+    assert "OUTPUT_DIR" in message
     wrong = ["MODEL.WEIGHTS", output / "model_final.pth", "MODEL.FPN.OUT_CHANNELS", 64]
-    assert "model_final.pth" in error_of(dataset, opts=wrong)
-    assert {path: path.read_bytes() for path in output.glob("*.pth")} == before
+    elsewhere = ["OUTPUT_DIR", dataset / "other"]
+    assert "model_final.pth" in error_of(dataset, opts=[*wrong, *elsewhere])
+    assert files() == before
+    # What failed before it began is no training.
+    run(dataset, opts=[*elsewhere, "SOLVER.MAX_ITER", 1])
 
 
 def test_truncated_image(dataset):

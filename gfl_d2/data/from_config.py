@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from detectron2.config import CfgNode
@@ -22,6 +23,11 @@ logger = logging.getLogger(__name__)
 
 # Node of cfg.MODEL that holds NUM_CLASSES, by meta-architecture. Others are not checked.
 _NUM_CLASSES_NODES = {"GFL": "GFL", "RetinaNet": "RETINANET"}
+
+# Packages whose code runs when Detectron2 loads the files of a dataset.
+_READERS = (
+    "gfl_d2", "detectron2", "iopath", "fvcore", "pycocotools", "lvis", "json", "codecs", "xml"
+)  # fmt: skip
 
 
 def register_datasets(cfg: CfgNode, required: Iterable[str] | None = None) -> None:
@@ -138,16 +144,26 @@ def load_training_dicts(cfg: CfgNode) -> list[dict]:
 def loading(names: Sequence[str]) -> Iterator[None]:
     """
     Around code in which Detectron2 loads registered datasets: what their files make it raise
-    (AssertionError is how it reports empty and ambiguous ones) becomes an InputError.
+    (AssertionError is how it reports empty and ambiguous ones) becomes an InputError. An error in
+    the code of a user's own dataset is left as it is, with its traceback.
     """
     try:
         yield
     except (AssertionError, KeyError, OSError, json.JSONDecodeError) as error:
+        if _comes_from_other_code(error):
+            raise
         files = {MetadataCatalog.get(name).get("json_file") for name in names} - {None}
+        where = f" ({', '.join(sorted(files))})" if files else ""
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"Dataset {', '.join(names)} ({', '.join(sorted(files))}) cannot be loaded: {reason}"
-        ) from None
+        raise InputError(f"Dataset {', '.join(names)}{where} cannot be loaded: {reason}") from None
+
+
+def _comes_from_other_code(error: BaseException) -> bool:
+    """Whether a function was on the way to the error that is none of those that read files."""
+    modules = (
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    return any(name.partition(".")[0] not in _READERS for name in modules)
 
 
 def _check_exists(name: str) -> None:

@@ -2,27 +2,92 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 
-from detectron2.engine import hooks
+import torch
+from detectron2.engine import HookBase
 
-__all__ = ["BestCheckpointer"]
+from ..checkpoint import GFLCheckpointer
+from ..errors import InputError
+
+__all__ = ["BestModelSaver"]
+
+logger = logging.getLogger(__name__)
 
 
-class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, which remembers the best metric when training is resumed."""
+class BestModelSaver(HookBase):
+    """
+    Keep the weights with the highest value of a metric as ``model_best.pth``. The value is kept in
+    the same file, from which it is read when training is resumed. Training is never resumed from
+    that file: it has no optimizer, and ``last_checkpoint`` does not name it.
+
+    It comes after the hook that evaluates.
+    """
+
+    FILE_NAME = "model_best.pth"
+
+    def __init__(self, checkpointer: GFLCheckpointer, metric: str):
+        """
+        Args:
+            checkpointer: of the training: its model and folder.
+            metric: as it is logged, e.g. "bbox/AP".
+        """
+        self._checkpointer = checkpointer
+        self._path = os.path.join(checkpointer.save_dir, self.FILE_NAME)
+        self._metric = metric
+        self._best = -math.inf
+        self._last_seen = -1
+
+    def before_train(self) -> None:
+        """
+        Raises:
+            InputError: ``model_best.pth`` is damaged.
+        """
+        if not os.path.isfile(self._path):
+            return
+        try:
+            saved = torch.load(self._path, map_location="cpu", weights_only=True)
+            metrics = saved.get("metrics", {})
+        except Exception as error:  # unpickling may raise anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(
+                f"{self._path} cannot be read, move it out of the way: {reason}"
+            ) from None
+        if self._metric in metrics:
+            self._best = metrics[self._metric]
+            logger.info(f"Best {self._metric} so far: {self._best:.3f}")
+        else:
+            logger.warning(
+                f"{self._path} was not kept for {self._metric}: the next evaluation replaces it."
+            )
+
+    def after_step(self) -> None:
+        self._save_if_best()
 
     def after_train(self) -> None:
-        # Training is resumed from model_final.pth. The best checkpoint, if it is saved now, counts
-        # the last iteration twice.
-        last = self._checkpointer.get_checkpoint_file()
-        super().after_train()
-        if last:
-            self._checkpointer.tag_last_checkpoint(os.path.basename(last))
+        self._save_if_best()
+        if self._last_seen < 0 and self.trainer.iter >= self.trainer.max_iter:
+            logger.warning(
+                f"No evaluation gave TEST.BEST_CHECKPOINT_METRIC {self._metric!r}: there is no "
+                f"{self.FILE_NAME} of this training."
+            )
 
-    def state_dict(self) -> dict:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.best_metric = state_dict["best_metric"]
-        self.best_iter = state_dict["best_iter"]
+    def _save_if_best(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._metric, (math.nan, -1))
+        if iteration <= self._last_seen:  # no evaluation since
+            return
+        self._last_seen = iteration
+        if not math.isfinite(value) or value <= self._best:
+            return
+        self._best = value
+        content = {
+            "model": self._checkpointer.model.state_dict(),
+            # The one evaluated after the last iteration counts as one more.
+            "iteration": min(iteration, self.trainer.max_iter - 1),
+            "metrics": {self._metric: value},
+        }
+        with self._checkpointer.path_manager.open(self._path, "wb") as file:
+            torch.save(content, file)
+        logger.info(f"{self._metric} {value:.3f} is the best so far, kept in {self._path}")

@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import GFLCheckpointer
+from ..config import check_config, check_training_config
 from ..data import GFLDatasetMapper, load_training_dicts, loading
 from ..deploy.compilation import compile_parts
-from ..deploy.precision import autocast_in_training, has_fast_bfloat16
-from .hooks import BestCheckpointer
+from ..deploy.precision import has_fast_bfloat16
+from ..errors import InputError
+from .bfloat16 import BFloat16Trainer
+from .evaluation import build_evaluator, check_evaluators
+from .hooks import BestModelSaver
+from .output import check_output_folder, inference_folder
 from .solver import build_optimizer
 
 __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
+# What an optimizer keeps in its checkpoint, and the key it comes from.
+_KEYS_OF_GROUPS = {
+    "initial_lr": "SOLVER.BASE_LR",
+    "weight_decay": "SOLVER.WEIGHT_DECAY",
+    "momentum": "SOLVER.MOMENTUM",
+}
+_TO_CHANGE = (
+    "to change it, start a new training from the checkpoint's weights (MODEL.WEIGHTS) with another "
+    "OUTPUT_DIR"
+)
+
 
 class Trainer(DefaultTrainer):
     """
-    :class:`DefaultTrainer` with :class:`GFLDatasetMapper`, :class:`GFLCheckpointer`, COCO
-    evaluation, the best checkpoint, and the keys that this project adds to ``SOLVER``.
+    :class:`DefaultTrainer` with :class:`GFLDatasetMapper`, :class:`GFLCheckpointer`, evaluation by
+    the type of the dataset, the best model, and the keys that this project adds to ``SOLVER``.
     """
 
     def __init__(self, cfg: CfgNode):
+        """
+        Raises:
+            InputError: the config or a dataset is wrong; nothing has been written then.
+        """
+        check_config(cfg)
+        check_training_config(cfg)
+        check_evaluators(cfg.DATASETS.TEST)
         super().__init__(cfg)
-        # Loads in the place of Detectron2's, which only warns of weights that do not fit.
-        self.checkpointer = GFLCheckpointer(
-            self.checkpointer.model, cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
-        )
+        if cfg.SOLVER.BF16:
+            self._use_bfloat16()
         compile_parts(self.checkpointer.model, cfg.SOLVER.COMPILE)
         num_frozen = sum(not p.requires_grad for p in self.model.parameters())
         if num_frozen and not cfg.MODEL.WEIGHTS:
@@ -46,16 +66,30 @@ class Trainer(DefaultTrainer):
                 "(MODEL.BACKBONE.FREEZE_AT): unless training is resumed, they stay random."
             )
 
+    def _use_bfloat16(self) -> None:
+        step = self._trainer
+        if has_fast_bfloat16(next(step.model.parameters()).device.type):
+            self._trainer = BFloat16Trainer(step.model, step.data_loader, step.optimizer)
+        else:
+            logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
+
+    def build_hooks(self) -> list[HookBase]:
+        # In the place of Detectron2's, before the hook that saves is made with it.
+        self.checkpointer = GFLCheckpointer(
+            self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
+        )
+        ret = super().build_hooks()
+        test = self.cfg.TEST
+        is_evaluated = bool(self.cfg.DATASETS.TEST) and test.EVAL_PERIOD > 0
+        if comm.is_main_process() and is_evaluated and test.BEST_CHECKPOINT_METRIC:
+            ret.append(BestModelSaver(self.checkpointer, test.BEST_CHECKPOINT_METRIC))
+        return ret
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
-        device_type = torch.device(cfg.MODEL.DEVICE).type
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
-        if cfg.SOLVER.BF16 and has_fast_bfloat16(device_type):
-            model = autocast_in_training(model, device_type, torch.bfloat16)
-        elif cfg.SOLVER.BF16:
-            logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
         return model
 
     @classmethod
@@ -76,39 +110,52 @@ class Trainer(DefaultTrainer):
             )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
-        if output_folder is None:
-            output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(
-            dataset_name, output_dir=output_folder, use_fast_impl=_has_fast_coco_eval()
-        )
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        return build_evaluator(dataset_name, output_folder or inference_folder(cfg, dataset_name))
 
-    def build_hooks(self) -> list[hooks.HookBase]:
-        ret = super().build_hooks()
-        metric = self.cfg.TEST.BEST_CHECKPOINT_METRIC
-        if comm.is_main_process() and self.cfg.TEST.EVAL_PERIOD > 0 and metric:
-            # Right after the evaluation that produces the metric.
-            after = max(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
-            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric)
-            ret.insert(after, best)
-        return ret
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        As in :class:`DefaultTrainer`.
+
+        Raises:
+            InputError: the weights do not fit, or a new training would be mixed with an earlier
+                one in ``OUTPUT_DIR``.
+        """
+        if not resume:
+            check_output_folder(self.cfg.OUTPUT_DIR)
+        super().resume_or_load(resume)
 
     # Detectron2 0.6 leaves the optimizer out of the checkpoint, and resumes without its momentum.
     def state_dict(self) -> dict:
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        groups = [dict(group) for group in self.optimizer.param_groups]
         TrainerBase.load_state_dict(self, state_dict)
-        if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
-        else:
+        if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
+            return
+        try:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        except ValueError as error:
+            # Detectron2 groups parameters of the same learning rate and decay.
+            raise InputError(
+                f"The checkpoint's optimizer does not fit: {error}. MODEL.BACKBONE.FREEZE_AT and "
+                f"the SOLVER.WEIGHT_DECAY keys must stay as they are at --resume; {_TO_CHANGE}"
+            ) from None
+        changed = _describe_changes(groups, self.optimizer.param_groups)
+        if changed:
+            logger.warning(f"The checkpoint's values are used: {changed}; {_TO_CHANGE}.")
 
 
-def _has_fast_coco_eval() -> bool:
-    """Whether Detectron2's C++ COCO evaluation is there; pycocotools is what replaces it."""
-    try:
-        from detectron2 import _C
-    except ImportError:
-        return False
-    return hasattr(_C, "COCOevalEvaluateImages")
+def _describe_changes(configured: list[dict], loaded: list[dict]) -> str:
+    """What differs in the first group where it does, e.g. 'SOLVER.BASE_LR 0.01, not 0.1'."""
+    changes = {
+        name: f"{name} {there[key]:g}, not {here[key]:g}"
+        for here, there in reversed(list(zip(configured, loaded)))
+        for key, name in _KEYS_OF_GROUPS.items()
+        if key in here and key in there and here[key] != there[key]
+    }
+    return ", ".join(changes.values())

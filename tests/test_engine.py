@@ -1,0 +1,333 @@
+"""The trainer, its hooks, evaluators, output folder and metrics."""
+
+from __future__ import annotations
+
+import copy
+import importlib.machinery
+import io
+import json
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from gfl_d2 import load_config
+from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.data import register_datasets
+from gfl_d2.engine import (
+    BestModelSaver,
+    BFloat16Trainer,
+    Trainer,
+    build_evaluator,
+    check_evaluators,
+    check_output_folder,
+    read_metrics,
+    trainer,
+)
+from gfl_d2.errors import InputError
+from toy_training import CONFIG, options, write_dataset
+
+
+@pytest.fixture
+def make_trainer(tmp_path, clean_catalogs):
+    write_dataset(tmp_path)
+
+    def make(*opts):
+        cfg = load_config(CONFIG, options(tmp_path, *opts))
+        register_datasets(cfg)
+        return Trainer(cfg)
+
+    return make
+
+
+# bfloat16
+
+
+@pytest.fixture
+def bfloat16_trainer(make_trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "has_fast_bfloat16", lambda device_type: True)
+    return make_trainer("SOLVER.BF16", True)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    seen = []
+    hook = model.head.cls_score.register_forward_hook(lambda *args: seen.append(args[-1]))
+    model.eval()([{"image": torch.full((3, 64, 96), 99.0)}])
+    hook.remove()
+    return seen[0]
+
+
+def copy_by_deepcopy(model):
+    return copy.deepcopy(model)
+
+
+def copy_by_averaging(model):
+    return AveragedModel(model).module
+
+
+def copy_by_saving(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copy_model", [copy_by_deepcopy, copy_by_averaging, copy_by_saving])
+def test_a_copy_of_a_model_in_bfloat16_training_is_a_model(bfloat16_trainer, copy_model):
+    model = bfloat16_trainer.model
+    expected = logits(model)
+    copied = copy_model(model)
+    with torch.no_grad():
+        model.head.cls_score.bias.fill_(3.0)
+    assert not torch.equal(logits(model), expected)
+    assert torch.equal(logits(copied), expected)
+
+
+def test_autocast_of_the_user_stays_in_force(bfloat16_trainer):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert logits(bfloat16_trainer.model).dtype == torch.bfloat16
+    assert logits(bfloat16_trainer.model).dtype == torch.float32
+
+
+def test_step_in_bfloat16():
+    """The forward pass is in bfloat16; weights, gradients and the step are not."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 1)
+
+        def forward(self, x):
+            y = self.linear(x)
+            dtypes.append(y.dtype)
+            return {"loss_a": y.float().sum(), "loss_b": y.float().mean()}
+
+    dtypes = []
+    model = Model()
+    step = BFloat16Trainer(model, [torch.ones(2, 4)], torch.optim.SGD(model.parameters(), 0.25))
+    before = model.linear.weight.detach().clone()
+    with EventStorage() as storage:
+        step.run_step()
+    assert dtypes == [torch.bfloat16]
+    assert model.linear.weight.grad.dtype == torch.float32
+    # d(sum + mean)/dw = 2 + 1 for two inputs of ones.
+    torch.testing.assert_close(model.linear.weight, before - 0.25 * 3)
+    values = {name: value for name, (value, _) in storage.latest().items()}
+    assert values["total_loss"] == pytest.approx(values["loss_a"] + values["loss_b"])
+
+
+# Best model
+
+
+class Training:
+    """The part of a training that BestModelSaver sees, with metrics that the test makes up."""
+
+    def __init__(self, folder):
+        self.model = nn.Linear(1, 1)
+        self.hook = BestModelSaver(GFLCheckpointer(self.model, str(folder)), "bbox/AP")
+        self.hook.trainer = self
+        self.iter, self.max_iter = 0, 100
+        self.hook.before_train()
+
+    def evaluate(self, iteration, **metrics):
+        """The weights are the iteration."""
+        self.iter = iteration
+        nn.init.constant_(self.model.weight, iteration)
+        with EventStorage(iteration) as self.storage:
+            self.storage.put_scalars(**metrics, smoothing_hint=False)
+            self.hook.after_step()
+            self.hook.after_step()  # in the next iteration, without an evaluation
+
+
+def best(folder):
+    content = torch.load(folder / "model_best.pth", weights_only=True)
+    assert content["iteration"] == content["model"]["weight"].item()
+    return content["iteration"], content["metrics"]
+
+
+def test_best_model_is_remembered_with_its_metric(tmp_path):
+    """A training is killed after its best evaluation, and resumed from before it."""
+    training = Training(tmp_path)
+    for iteration, ap in ((10, 10.0), (20, 20.0), (30, 30.0)):
+        training.evaluate(iteration, **{"bbox/AP": ap})
+    training = Training(tmp_path)
+    training.evaluate(30, **{"bbox/AP": 25.0})
+    assert best(tmp_path) == (30, {"bbox/AP": 30.0})
+    training.evaluate(40, **{"bbox/AP": 35.0})
+    assert best(tmp_path) == (40, {"bbox/AP": 35.0})
+
+
+def test_best_model_is_not_what_training_is_resumed_from(tmp_path):
+    training = Training(tmp_path)
+    training.evaluate(10, **{"bbox/AP": 10.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["model_best.pth"]
+
+
+def test_no_best_model_without_its_metric(tmp_path, caplog):
+    training = Training(tmp_path)
+    training.evaluate(10, **{"bbox/AP": math.nan})
+    training.evaluate(20, **{"bbox/AP50": 10.0})
+    assert not list(tmp_path.iterdir())
+    training = Training(tmp_path)
+    training.evaluate(100, **{"bbox/AP50": 10.0})
+    training.hook.after_train()
+    assert "TEST.BEST_CHECKPOINT_METRIC 'bbox/AP'" in caplog.text
+
+
+def test_best_model_of_another_metric_is_replaced(tmp_path):
+    torch.save({"model": {}, "metrics": {"bbox/AP50": 50.0}}, tmp_path / "model_best.pth")
+    Training(tmp_path).evaluate(10, **{"bbox/AP": 10.0})
+    assert best(tmp_path) == (10, {"bbox/AP": 10.0})
+
+
+def test_damaged_best_model(tmp_path):
+    (tmp_path / "model_best.pth").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"model_best\.pth cannot be read"):
+        Training(tmp_path)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("key", ["SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.MOMENTUM"])
+def test_what_resuming_takes_from_the_checkpoint(make_trainer, caplog, key):
+    # Of their own group each, so that a change of WEIGHT_DECAY changes none.
+    groups = ("SOLVER.WEIGHT_DECAY_NORM", 0.0)
+    state = make_trainer(*groups, key, 0.005).state_dict()
+    make_trainer(*groups, key, 0.005).load_state_dict(state)
+    assert key not in caplog.text
+    make_trainer(*groups, key, 0.002).load_state_dict(state)
+    assert f"{key} 0.005, not 0.002" in caplog.text
+    assert "MODEL.WEIGHTS" in caplog.text
+
+
+def test_other_parameters_cannot_be_resumed(make_trainer):
+    state = make_trainer("MODEL.BACKBONE.FREEZE_AT", 0).state_dict()
+    fewer = make_trainer("MODEL.BACKBONE.FREEZE_AT", 1)
+    with pytest.raises(InputError, match=r"optimizer does not fit.*FREEZE_AT"):
+        fewer.load_state_dict(state)
+
+
+def test_trainer_checks_its_config(make_trainer):
+    with pytest.raises(InputError, match=r"SOLVER\.AMP"):
+        make_trainer("SOLVER.AMP.ENABLED", True)
+    with pytest.raises(InputError, match=r"TEST\.BEST_CHECKPOINT_METRIC"):
+        make_trainer("DATASETS.TEST", "('toy_train', 'toy_val')")
+
+
+def test_trainer_saves_by_its_own_checkpointer(make_trainer, tmp_path):
+    """All hooks that save do so atomically."""
+    hooks = make_trainer()._hooks
+    checkpointers = [hook.checkpointer for hook in hooks if hasattr(hook, "checkpointer")]
+    assert [type(c) for c in checkpointers] == [GFLCheckpointer]
+
+
+# Evaluators
+
+
+@pytest.fixture
+def lvis(monkeypatch):
+    """The package with LVIS' API, as far as it is asked for when an evaluator is made."""
+    module = ModuleType("lvis")
+    module.__spec__ = importlib.machinery.ModuleSpec("lvis", None)
+    module.LVIS = lambda json_file: SimpleNamespace(get_ann_ids=list)
+    monkeypatch.setitem(sys.modules, "lvis", module)
+
+
+@pytest.mark.parametrize(
+    ("kind", "evaluator"),
+    [
+        (None, COCOEvaluator),
+        ("coco", COCOEvaluator),
+        ("lvis", LVISEvaluator),
+        ("pascal_voc", PascalVOCDetectionEvaluator),
+    ],
+)
+def test_evaluator_by_the_type_of_a_dataset(tmp_path, clean_catalogs, lvis, kind, evaluator):
+    empty = {"images": [], "annotations": [], "categories": []}
+    (tmp_path / "annotations.json").write_text(json.dumps(empty))
+    metadata = MetadataCatalog.get("toy").set(
+        json_file=str(tmp_path / "annotations.json"),
+        thing_classes=["cat"],
+        **{"dirname": str(tmp_path), "split": "val", "year": 2012},
+    )
+    if kind:
+        metadata.evaluator_type = kind
+    assert type(build_evaluator("toy", str(tmp_path))) is evaluator
+
+
+@pytest.mark.parametrize("kind", ["sem_seg", "cityscapes_instance"])
+def test_unknown_evaluator_type(clean_catalogs, kind):
+    MetadataCatalog.get("toy").evaluator_type = kind
+    with pytest.raises(InputError, match=f"'toy' has the evaluator_type '{kind}'"):
+        check_evaluators(["toy"])
+
+
+def test_lvis_needs_its_api(clean_catalogs, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    MetadataCatalog.get("toy").evaluator_type = "lvis"
+    with pytest.raises(InputError, match=r"'toy' needs .*pip install lvis"):
+        check_evaluators(["toy"])
+
+
+def test_trainer_checks_evaluators_at_the_start(make_trainer):
+    make_trainer()
+    del MetadataCatalog.get("toy_val").evaluator_type
+    MetadataCatalog.get("toy_val").evaluator_type = "sem_seg"
+    with pytest.raises(InputError, match="sem_seg"):
+        make_trainer()
+
+
+# Output folder and metrics
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "model_best.pth", "last_checkpoint"])
+def test_folder_of_an_earlier_training(tmp_path, name):
+    check_output_folder(str(tmp_path / "absent"))
+    (tmp_path / name).touch()
+    (tmp_path / "config.yaml").write_text("MODEL: {}")
+    check_output_folder(str(tmp_path))
+    (tmp_path / name).write_text("x")
+    with pytest.raises(InputError, match=rf"{name}.*--resume"):
+        check_output_folder(str(tmp_path))
+
+
+def write_metrics(folder, *records):
+    """(iteration, {metric: value}) as Detectron2 appends them."""
+    lines = [json.dumps({"iteration": iteration, **metrics}) for iteration, metrics in records]
+    with open(folder / "metrics.json", "a") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def test_metrics_of_a_later_training_are_not_those_of_the_first(tmp_path):
+    loss = {"total_loss": 1.0}
+    write_metrics(tmp_path, (19, loss), (39, loss), (40, {"bbox/AP": 56.1}))
+    assert list(read_metrics(tmp_path)) == [41]
+    write_metrics(tmp_path, (5, loss), (6, {"bbox/AP": math.nan}))
+    (record,) = read_metrics(tmp_path).values()
+    assert math.isnan(record["bbox/AP"])
+
+
+def test_metrics_of_one_iteration_in_several_records(tmp_path):
+    write_metrics(tmp_path, (40, {"bbox/AP": 10.0}), (40, {"gfl/pos_quality": 0.5}))
+    record = {"iteration": 40, "bbox/AP": 10.0, "gfl/pos_quality": 0.5}
+    assert read_metrics(tmp_path) == {41: record}
+
+
+def test_metrics_of_a_resumed_training(tmp_path):
+    """Killed after iteration 59 and resumed from 40."""
+    loss, again = {"total_loss": 1.0}, {"total_loss": 2.0}
+    write_metrics(tmp_path, (19, loss), (39, loss), (29, {"bbox/AP": 10.0}), (59, loss))
+    write_metrics(tmp_path, (49, {"bbox/AP": 20.0}))
+    write_metrics(tmp_path, (59, again), (49, {"bbox/AP": 30.0}), (60, {"bbox/AP": 40.0}))
+    ap = {i: record["bbox/AP"] for i, record in read_metrics(tmp_path).items()}
+    assert ap == {30: 10.0, 50: 30.0, 61: 40.0}
+    losses = {i: r["total_loss"] for i, r in read_metrics(tmp_path, "total_loss").items()}
+    assert losses == {20: 1.0, 40: 1.0, 60: 2.0}
