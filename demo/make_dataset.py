@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
 """
-Draw a small object detection dataset in COCO format: textured shapes of five classes and of very
-different sizes, which overlap, on cluttered backgrounds, some of them blurred.
+Draw a small object detection dataset in COCO format: textured shapes of five classes, of very
+different sizes, overlapping, some of them blurred, on cluttered backgrounds.
 
     python demo/make_dataset.py output/demo/data --seed 0 --train 600 --val 150
 
-gives ``train.json``, ``val.json`` and the folders ``train`` and ``val``.
+makes ``train.json``, ``val.json`` and the folders ``train`` and ``val``.
 
-A class is a shape with a preference for a hue; hues of neighbouring classes overlap.
-
-Boxes enclose the *visible* part of an object: the pixels inside the image that no later object
-covers. Objects of which less than half can be seen are not drawn in the first place, so everything
-in an image that belongs to a class is annotated.
+A class is a shape and prefers a hue; neighbouring classes share some hues. A box encloses the
+*visible* part of its object: the pixels inside the picture that no later object covers. At least
+half of every object can be seen, and every object is annotated.
 """
 
 from __future__ import annotations
@@ -34,11 +32,9 @@ CLASSES = ("disc", "ring", "square", "triangle", "star")
 _REFERENCE_HEIGHT = 192
 _MIN_RADIUS, _MAX_RADIUS = 12, 84
 _MIN_OBJECTS, _MAX_OBJECTS = 2, 7
-# An object stays in the scene only while at least this fraction of it can be seen ...
-_MIN_VISIBLE = 0.5
-# ... and its box is at least this many pixels wide and high.
-_MIN_SIDE = 6
-# Mean difference, of 255, from what it covers, in the colour channel that differs most.
+# At least this fraction of every object can be seen, in a box of at least this side in pixels.
+_MIN_VISIBLE, _MIN_SIDE = 0.5, 6
+# Mean difference between an object and what it covers, in the colour channel that differs most.
 _MIN_CONTRAST = 60
 _TRIES_PER_OBJECT = 20
 
@@ -71,20 +67,16 @@ class _Layer:
 
     color: np.ndarray  # (S, S, 3), float32 in [0, 255]
     alpha: np.ndarray  # (S, S), float32 in [0, 1]
-    label: int | None  # class index, None for what is no object
+    label: int | None  # class index, None for a stick
 
     @property
     def solid(self) -> np.ndarray:
-        """(S, S), bool: the pixels that count as covered."""
+        """(S, S), bool: the pixels that it covers."""
         return self.alpha >= 0.5
 
 
 def draw_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
-    """
-    Args:
-        rng: source of all randomness.
-        width, height: of the picture in pixels.
-    """
+    """Draw a picture, ``width`` x ``height`` pixels. ``rng`` decides everything else."""
     scale = height / _REFERENCE_HEIGHT
     # Objects may stick out of the picture: it is cut out of a larger canvas at the end.
     margin = int(2 * _MAX_RADIUS * scale) + 4
@@ -113,7 +105,7 @@ def draw_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
 
 
 def _stands_out(canvas: np.ndarray, layer: _Layer) -> bool:
-    """Whether the colours of ``layer`` differ from what it will cover."""
+    """Whether the colours of ``layer`` differ from those that it would cover."""
     difference = np.abs(layer.color - canvas).max(axis=2)
     return bool(difference[layer.solid].mean() >= _MIN_CONTRAST) if layer.solid.any() else False
 
@@ -132,7 +124,7 @@ def _is_visible(owner: np.ndarray, full_areas: list[int]) -> bool:
 def _choose_place(
     rng: np.random.Generator, layer: _Layer, owner: np.ndarray, window: tuple[slice, slice]
 ) -> tuple[slice, slice]:
-    """Where on the canvas a layer goes: anywhere, or next to an object, to cover part of it."""
+    """Where a layer goes on the canvas: anywhere, or near an object, to cover part of it."""
     side = len(layer.alpha)
     taken = np.argwhere(owner[window] >= 0)
     if len(taken) and rng.random() < 0.35:
@@ -145,7 +137,7 @@ def _choose_place(
 
 
 def _composite(rng: np.random.Generator, canvas: np.ndarray, layer: _Layer) -> None:
-    """Lay ``layer``, with its shadow, over ``canvas`` (in place; both of the same size)."""
+    """Lay ``layer`` and its shadow over ``canvas``, which has the same size, in place."""
     reach = max(len(layer.alpha) // 16, 1)
     shift = np.float32([[1, 0, rng.integers(-reach, reach + 1)], [0, 1, reach]])
     shadow = cv2.warpAffine(layer.alpha, shift, layer.alpha.shape[::-1])
@@ -156,7 +148,7 @@ def _composite(rng: np.random.Generator, canvas: np.ndarray, layer: _Layer) -> N
 
 def _draw_object(rng: np.random.Generator, scale: float) -> _Layer:
     label = int(rng.integers(len(CLASSES)))
-    # More small ones than large ones, in all sizes.
+    # There are more small ones than large ones.
     radius = scale * rng.uniform(_MIN_RADIUS**0.5, _MAX_RADIUS**0.5) ** 2
     contours = _OUTLINES[CLASSES[label]](rng)
     squeeze = np.array([1, rng.uniform(0.75, 1)])
@@ -165,7 +157,7 @@ def _draw_object(rng: np.random.Generator, scale: float) -> _Layer:
 
 
 def _draw_stick(rng: np.random.Generator, scale: float) -> _Layer:
-    """A thin bar, which covers parts of objects without being one."""
+    """A thin bar. It covers parts of objects, but is none."""
     length, thickness = scale * rng.uniform(15, _MAX_RADIUS), scale * rng.uniform(1, 3)
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [length, thickness]
     return _draw_layer(rng, [corners @ _rotation(rng.uniform(0, np.pi))], length, None)
@@ -176,10 +168,10 @@ def _draw_layer(
 ) -> _Layer:
     """
     Args:
-        contours: polygons around (0, 0), shape (K, 2), in pixels; what two of them enclose is a
-            hole.
-        radius: no point of them is farther from (0, 0), in pixels.
-        label: class index, None for what is no object.
+        contours: polygons around (0, 0), each of shape (K, 2), in pixels. Where two overlap, there
+            is a hole.
+        radius: the largest distance of a point from (0, 0), in pixels.
+        label: class index, None for a stick.
     """
     side = 2 * int(radius * 1.25 + 4)
     alpha = np.zeros((side, side), np.uint8)
@@ -195,7 +187,7 @@ def _draw_layer(
 
 
 def _blur_kernel(rng: np.random.Generator, radius: float) -> np.ndarray:
-    """Of a lens out of focus, or of motion, much smaller than an object of this radius."""
+    """Kernel of a lens out of focus, or of motion; much smaller than an object of this radius."""
     extent = rng.uniform(0.06, 0.18) * radius + 0.5
     size = 2 * int(extent + 1) + 1
     if rng.random() < 0.5:
@@ -212,8 +204,8 @@ def _draw_texture(
     rng: np.random.Generator, side: int, radius: float, label: int | None
 ) -> np.ndarray:
     """
-    Two colours in some pattern, lit from one side: shades of one hue, which is near that of the
-    class. (side, side, 3), float32 in [0, 255].
+    A pattern of two shades of one hue, near the hue of the class, lit from one side.
+    (side, side, 3), float32 in [0, 255].
     """
     hue = rng.random() if label is None else (label + rng.normal(0, 0.2)) / len(CLASSES) % 1
     x, y = np.meshgrid(*[np.arange(side, dtype=np.float32) - side / 2] * 2)
@@ -253,7 +245,7 @@ def _draw_background(rng: np.random.Generator, width: int, height: int, scale: f
 
 
 def _draw_clutter(rng: np.random.Generator, image: np.ndarray, scale: float) -> None:
-    """One line, arc, cross or irregular blob, none of which looks like a class (in place)."""
+    """Draw a line, arc, cross or irregular blob in place. None of them looks like a class."""
     height, width = image.shape[:2]
     center = rng.integers((0, 0), (width, height))
     length = scale * rng.uniform(6, 45)
@@ -278,7 +270,7 @@ def _draw_clutter(rng: np.random.Generator, image: np.ndarray, scale: float) -> 
         radii = length * rng.uniform(0.15, 0.6, 9) * np.array([1, 0.6] * 5)[:9]
         points = center + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         cv2.fillPoly(overlay, [points.astype(np.int32)], color)
-    if overlay is not image:  # half-transparent
+    if overlay is not image:  # then it is half transparent
         image += 0.5 * (overlay - image)
 
 
@@ -291,7 +283,7 @@ def _noise(rng: np.random.Generator, width: int, height: int, period: float) -> 
 def _random_color(
     rng: np.random.Generator, hue: float | None = None, max_saturation: float = 1.0
 ) -> np.ndarray:
-    """RGB in [0, 255]; ``hue`` in [0, 1), any by default."""
+    """RGB in [0, 255]; ``hue`` in [0, 1), random by default."""
     hue = rng.random() if hue is None else hue
     saturation = max_saturation * rng.uniform(0.5, 1)
     return rng.uniform(60, 255) * np.array(colorsys.hsv_to_rgb(hue, saturation, 1))
@@ -312,7 +304,7 @@ def _star(rng: np.random.Generator) -> list[np.ndarray]:
     return [points]
 
 
-# Polygons inside the unit circle, by class.
+# Contours of each class, inside the unit circle.
 _OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
     "disc": lambda rng: [_regular(60)],
     "ring": lambda rng: [_regular(60), _regular(60, rng.uniform(0.45, 0.65))],
@@ -332,7 +324,7 @@ def make_dataset(
 ) -> None:
     """
     Write ``train.json``, ``val.json`` and the pictures they name, in the folders ``train`` and
-    ``val``. The same arguments give the same files. No picture of one split is in the other.
+    ``val``. The same arguments give the same files. No picture is in both splits.
 
     Args:
         folder: to write into; made if needed.
@@ -340,61 +332,45 @@ def make_dataset(
         num_train, num_val: pictures in each split.
         width, height: of every picture in pixels.
     """
-    settings = {
-        "seed": seed,
-        "num_train": num_train,
-        "num_val": num_val,
-        "width": width,
-        "height": height,
-    }
+    settings = {"seed": seed, "num_train": num_train, "num_val": num_val}
+    settings.update(width=width, height=height)
     for split, (name, count) in enumerate((("train", num_train), ("val", num_val))):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
-        coco = {
-            "info": {"description": "Drawn by demo/make_dataset.py", "settings": settings},
-            "categories": [{"id": i + 1, "name": label} for i, label in enumerate(CLASSES)],
-            "images": [],
-            "annotations": [],
-        }
+        images, annotations = [], []
         for index in range(count):
             # A generator per picture: picture 7 is the same whatever the number of pictures.
             scene = draw_scene(np.random.default_rng((seed, split, index)), width, height)
-            file_name = f"{index:05d}.jpg"
+            image = {"id": index + 1, "file_name": f"{index:05d}.jpg"}
+            images.append({**image, "width": width, "height": height})
+            for object_index, label in enumerate(scene.labels):
+                annotation = {"id": len(annotations) + 1, "image_id": index + 1}
+                annotation.update(category_id=label + 1, bbox=scene.box(object_index))
+                annotation.update(area=scene.area(object_index), iscrowd=0)
+                annotations.append(annotation)
+            path = os.path.join(folder, name, image["file_name"])
             bgr = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
-            cv2.imwrite(os.path.join(folder, name, file_name), bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])
-            _add_to_coco(coco, file_name, scene)
+            cv2.imwrite(path, bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])
+        coco = {
+            "info": {"description": "Drawn by demo/make_dataset.py", "settings": settings},
+            "categories": [{"id": i + 1, "name": label} for i, label in enumerate(CLASSES)],
+            "images": images,
+            "annotations": annotations,
+        }
         with open(os.path.join(folder, f"{name}.json"), "w", encoding="utf-8") as file:
             json.dump(coco, file)
-
-
-def _add_to_coco(coco: dict, file_name: str, scene: Scene) -> None:
-    height, width = scene.owner.shape
-    image_id = len(coco["images"]) + 1
-    coco["images"].append(
-        {"id": image_id, "file_name": file_name, "width": width, "height": height}
-    )
-    for index, label in enumerate(scene.labels):
-        coco["annotations"].append(
-            {
-                "id": len(coco["annotations"]) + 1,
-                "image_id": image_id,
-                "category_id": label + 1,
-                "bbox": scene.box(index),
-                "area": scene.area(index),
-                "iscrowd": 0,
-            }
-        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("folder", help="to write the dataset into")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=600, help="number of training pictures")
-    parser.add_argument("--val", type=int, default=150, help="number of validation pictures")
+    parser.add_argument(
+        "--train", dest="num_train", type=int, default=600, help="pictures in train"
+    )
+    parser.add_argument("--val", dest="num_val", type=int, default=150, help="pictures in val")
     parser.add_argument("--width", type=int, default=256, help="of a picture in pixels")
     parser.add_argument("--height", type=int, default=192, help="of a picture in pixels")
-    args = parser.parse_args()
-    make_dataset(args.folder, args.seed, args.train, args.val, args.width, args.height)
+    make_dataset(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

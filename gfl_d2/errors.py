@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 __all__ = ["InputError", "name_some", "user_message"]
 
@@ -30,7 +30,8 @@ def user_message(error: BaseException) -> str:
     return (message if found else text).strip()
 
 
-def name_some(names: Sequence[str], number: int = 10) -> str:
-    """The first names of a list, for a message."""
+def name_some(items: Iterable[object], number: int = 5) -> str:
+    """The first ``number`` items, for a message, and how many more there are."""
+    names = [str(item) for item in items]
     rest = len(names) - number
     return ", ".join(names[:number]) + (f" and {rest} more" if rest > 0 else "")

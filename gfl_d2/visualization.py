@@ -2,27 +2,126 @@
 
 from __future__ import annotations
 
+import collections
 import colorsys
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 
-__all__ = ["draw_comparison", "results_to_instances", "stack_rows"]
+from .errors import InputError, name_some
 
+__all__ = ["draw_comparison", "draw_results", "find_results", "save_picture"]
+
+# The file that Detectron2's COCOEvaluator writes, and what each of its detections has.
+_RESULTS_FILE = "coco_instances_results.json"
+_RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
 # Small images are enlarged until their shorter side has this many pixels, so that labels fit.
 _MIN_SIDE = 400
 _GAP = 8
 _WHITE = 255
 
 
+def draw_results(
+    dataset: str,
+    results: str | Path,
+    num_images: int = 4,
+    skip: int = 0,
+    min_boxes: int = 0,
+    score_thresh: float = 0.4,
+) -> np.ndarray:
+    """
+    Draw images of a dataset below each other: ground truth on the left, detections on the right.
+
+    Args:
+        dataset: a registered name.
+        results: a ``coco_instances_results.json`` of this dataset.
+        num_images: how many images, at most.
+        skip: how many images to leave out first.
+        min_boxes: images with fewer annotated boxes are left out.
+        score_thresh: detections that score lower are left out.
+
+    Returns:
+        ndarray: RGB, uint8, shape (H, W, 3).
+
+    Raises:
+        InputError: the results are of another dataset or cannot be read, or no image is left.
+    """
+    records = DatasetCatalog.get(dataset)
+    metadata = MetadataCatalog.get(dataset)
+    by_image = _load_results(Path(results), dataset, records, metadata)
+    records = [r for r in records if len(r.get("annotations", [])) >= min_boxes]
+    chosen = records[skip : skip + num_images]
+    if not chosen:
+        raise InputError(
+            f"Nothing to draw: '{dataset}' has {len(records)} images of {min_boxes} boxes or more, "
+            f"{skip} of them are left out, and {num_images} are asked for"
+        )
+    rows = []
+    for record in chosen:
+        image = read_image(record["file_name"], format="RGB")
+        detections = _to_instances(by_image[record["image_id"]], image.shape[:2], metadata)
+        rows.append(draw_comparison(image, record, detections, metadata, score_thresh))
+    return _stack_rows(rows)
+
+
+def find_results(path: str | Path, dataset: str) -> Path:
+    """
+    Find the results of a dataset.
+
+    Args:
+        path: the file itself, an ``OUTPUT_DIR``, or its folder ``inference``, which has a folder
+            for each dataset if there were several.
+        dataset: a registered name.
+
+    Raises:
+        InputError: there are none, or they are in the folder of another dataset.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.parent.name != dataset and path.parent.name in DatasetCatalog:
+            raise InputError(f"{path} has the results of '{path.parent.name}', not of '{dataset}'")
+        return path
+    for folder in ("inference", "."):
+        for file in (path / folder / dataset / _RESULTS_FILE, path / folder / _RESULTS_FILE):
+            if file.is_file():
+                return file
+    there = name_some(sorted(path.rglob(_RESULTS_FILE))) or "nothing"
+    raise InputError(f"{path} has no results of dataset '{dataset}'. What is there: {there}")
+
+
+def save_picture(path: str | Path, picture: np.ndarray) -> None:
+    """
+    Write a picture; the name's ending says in which format.
+
+    Args:
+        path: where. Its folder is made if needed.
+        picture: RGB, uint8, shape (H, W, 3).
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if cv2.imwrite(str(path), picture[:, :, ::-1]):
+            return
+        reason = "OpenCV could not write it"
+    except (OSError, cv2.error) as error:
+        reason = " ".join(str(error).split())
+    raise InputError(f"Picture '{path}': {reason}")
+
+
 def draw_comparison(
     image_rgb: np.ndarray,
-    ground_truth: Instances | dict,
+    ground_truth: dict,
     predictions: Instances,
     metadata: Metadata,
     score_thresh: float = 0.5,
@@ -33,8 +132,7 @@ def draw_comparison(
 
     Args:
         image_rgb: shape (H, W, 3), uint8.
-        ground_truth: Instances with ``gt_boxes`` and ``gt_classes``, or an image in Detectron2's
-            dataset format, in pixels of ``image_rgb``.
+        ground_truth: an image in Detectron2's dataset format, boxes in pixels of ``image_rgb``.
         predictions: Instances with ``pred_boxes``, ``scores`` and ``pred_classes``, likewise.
         metadata: its ``thing_classes`` name the classes; without them they are numbered.
         score_thresh: detections that score lower are left out.
@@ -43,39 +141,67 @@ def draw_comparison(
         ndarray: RGB, uint8, shape (H', W', 3). Small images are enlarged.
     """
     names = metadata.get("thing_classes")
-    boxes, classes, is_crowd = _unpack_ground_truth(ground_truth)
+    annotations = ground_truth.get("annotations", [])
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    classes = [a["category_id"] for a in annotations]
     labels = [
-        _class_name(c, names) + (" (crowd)" if crowd else "") for c, crowd in zip(classes, is_crowd)
+        _class_name(a["category_id"], names) + (" (crowd)" if a.get("iscrowd", 0) else "")
+        for a in annotations
     ]
     left = _draw_boxes(image_rgb, "ground truth", boxes, classes, labels, metadata)
 
     kept = predictions[predictions.scores >= score_thresh].to("cpu")
-    classes = kept.pred_classes.tolist()
+    boxes, classes = kept.pred_boxes.tensor.tolist(), kept.pred_classes.tolist()
     labels = [
         f"{_class_name(c, names)} {score:.2f}" for c, score in zip(classes, kept.scores.tolist())
     ]
     title = f"detections that score {score_thresh:g} or more"
-    right = _draw_boxes(image_rgb, title, kept.pred_boxes.tensor.numpy(), classes, labels, metadata)
+    right = _draw_boxes(image_rgb, title, boxes, classes, labels, metadata)
     gap = np.full((left.shape[0], _GAP, 3), _WHITE, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 
 
-def results_to_instances(
+def _load_results(
+    path: Path, dataset: str, records: list[dict], metadata: Metadata
+) -> dict[object, list[dict]]:
+    """Detections by image id, in COCO's result format; they must fit the dataset."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(results, list) or not all(
+        isinstance(result, dict) and result.keys() >= _RESULT_KEYS for result in results
+    ):
+        raise InputError(f"{path} is not a list of detections with {sorted(_RESULT_KEYS)}")
+    known = {
+        "image_id": {record["image_id"] for record in records},
+        "category_id": _contiguous_ids(metadata).keys(),
+    }
+    for key, ids in known.items():
+        unknown = dict.fromkeys(r[key] for r in results if r[key] not in ids)
+        if unknown:
+            raise InputError(
+                f"{path} has detections with {key} {name_some(unknown)}, which dataset "
+                f"'{dataset}' does not have: they are of another dataset"
+            )
+    by_image = collections.defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    return by_image
+
+
+def _contiguous_ids(metadata: Metadata) -> dict[int, int]:
+    """Category id in the results -> class index; the same where the dataset has no ids."""
+    same = {index: index for index in range(len(metadata.get("thing_classes", ())))}
+    return metadata.get("thing_dataset_id_to_contiguous_id", same)
+
+
+def _to_instances(
     results: Sequence[dict], image_size: tuple[int, int], metadata: Metadata
 ) -> Instances:
-    """
-    Detections of one image from ``coco_instances_results.json``, which COCOEvaluator writes.
-
-    Args:
-        results: of this image, in COCO's result format.
-        image_size: (height, width) in pixels.
-        metadata: of the dataset; its ``thing_dataset_id_to_contiguous_id`` maps category ids.
-
-    Returns:
-        Instances: with ``pred_boxes``, ``scores`` and ``pred_classes``.
-    """
+    """Detections of one image, from COCO's result format. ``image_size``: (height, width)."""
     boxes = torch.tensor([result["bbox"] for result in results]).reshape(-1, 4)
-    contiguous_id = metadata.thing_dataset_id_to_contiguous_id
+    contiguous_id = _contiguous_ids(metadata)
     return Instances(
         image_size,
         pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
@@ -84,58 +210,39 @@ def results_to_instances(
     )
 
 
-def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """
-    Put pictures below each other, the narrower ones filled up with white.
-
-    Args:
-        rows: at least one, each RGB, uint8, shape (Hi, Wi, 3).
-
-    Returns:
-        ndarray: RGB, uint8.
-    """
+def _stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures, (Hi, Wi, 3), below each other, the narrower ones filled up with white."""
     width = max(row.shape[1] for row in rows)
-    padded = [
-        np.pad(
-            row,
-            ((0, _GAP if i < len(rows) - 1 else 0), (0, width - row.shape[1]), (0, 0)),
-            constant_values=_WHITE,
-        )
-        for i, row in enumerate(rows)
-    ]
-    return np.concatenate(padded)
-
-
-def _unpack_ground_truth(
-    ground_truth: Instances | dict,
-) -> tuple[np.ndarray, list[int], list[bool]]:
-    """Boxes, shape (M, 4), x0, y0, x1, y1 in pixels, classes, and whether they are of a crowd."""
-    if isinstance(ground_truth, Instances):
-        boxes = ground_truth.gt_boxes.tensor.cpu().numpy()
-        return boxes, ground_truth.gt_classes.tolist(), [False] * len(boxes)
-    annotations = ground_truth.get("annotations", [])
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    return (
-        np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
-        [a["category_id"] for a in annotations],
-        [bool(a.get("iscrowd", 0)) for a in annotations],
+    gaps = [_GAP] * (len(rows) - 1) + [0]
+    return np.concatenate(
+        [
+            np.pad(row, ((0, gap), (0, width - row.shape[1]), (0, 0)), constant_values=_WHITE)
+            for row, gap in zip(rows, gaps)
+        ]
     )
 
 
 def _draw_boxes(
     image_rgb: np.ndarray,
     title: str,
-    boxes: np.ndarray,
+    boxes: list[list[float]],
     classes: list[int],
     labels: list[str],
     metadata: Metadata,
 ) -> np.ndarray:
-    """The image, enlarged if it is small, with boxes, and a title above it."""
+    """The image, enlarged if it is small, with boxes (x0, y0, x1, y1), and a title above it."""
     scale = max(1.0, _MIN_SIDE / min(image_rgb.shape[:2]))
-    visualizer = Visualizer(_enlarge(image_rgb, scale), metadata)
-    drawn = visualizer.overlay_instances(
-        boxes=boxes * scale, labels=labels, assigned_colors=[_color(c) for c in classes]
-    ).get_image()
+    size = [round(scale * side) for side in image_rgb.shape[1::-1]]
+    image = cv2.resize(image_rgb, size, interpolation=cv2.INTER_CUBIC)
+    drawn = (
+        Visualizer(image, metadata)
+        .overlay_instances(
+            boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale,
+            labels=labels,
+            assigned_colors=[_color(c) for c in classes],
+        )
+        .get_image()
+    )
     bar = np.full((28, drawn.shape[1], 3), _WHITE, dtype=np.uint8)
     cv2.putText(
         bar, title, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), lineType=cv2.LINE_AA
@@ -143,16 +250,11 @@ def _draw_boxes(
     return np.concatenate([bar, drawn])
 
 
-def _enlarge(image: np.ndarray, scale: float) -> np.ndarray:
-    size = [round(scale * side) for side in image.shape[1::-1]]
-    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
-
-
 def _class_name(index: int, names: Sequence[str] | None) -> str:
     return names[index] if names else str(index)
 
 
 def _color(index: int) -> tuple[float, float, float]:
-    """RGB in [0, 1]: neighbours in index are far apart in hue, and all are bright."""
+    """RGB in [0, 1], always bright; neighbouring indices are far apart in hue."""
     golden_ratio = 0.618034
     return colorsys.hsv_to_rgb((index * golden_ratio) % 1, 0.75, 1.0)

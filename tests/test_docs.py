@@ -45,7 +45,7 @@ def test_another_backbone(tmp_path):
     text = code_blocks("docs/backbones.md", "yaml")[0]
     path.write_text(text.replace("Base-GFL.yaml", str(ROOT / "configs" / "Base-GFL.yaml")))
     model = build_model(load_config(str(path), ["MODEL.DEVICE", "cpu"]))
-    assert [grid.stride for grid in model.grids] == [8, 16, 32, 64]
+    assert model.grid.strides.tolist() == [8, 16, 32, 64]
 
 
 @pytest.mark.parametrize("document", ["README.md", "MODEL_ZOO.md", *DOCS])

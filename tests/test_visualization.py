@@ -1,11 +1,18 @@
+import json
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import Metadata
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from gfl_d2.visualization import draw_comparison, results_to_instances, stack_rows
+from gfl_d2.data import register_coco_format
+from gfl_d2.errors import InputError
+from gfl_d2.visualization import draw_comparison, draw_results, find_results, save_picture
+from scripts import load_script
+
+visualize_results = load_script("tools/visualize_results.py")
 
 NAMES = Metadata(name="pets", thing_classes=["cat", "dog"])
 
@@ -14,12 +21,13 @@ def grey(height=420, width=500):
     return np.full((height, width, 3), 90, dtype=np.uint8)
 
 
-def truth(image, boxes, classes):
-    return Instances(
-        image.shape[:2],
-        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
-        gt_classes=torch.tensor(classes, dtype=torch.int64),
-    )
+def truth(boxes, classes):
+    return {
+        "annotations": [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": c}
+            for box, c in zip(boxes, classes)
+        ]
+    }
 
 
 def detections(image, boxes, scores, classes):
@@ -45,17 +53,17 @@ def is_colored(picture):
 def test_each_side_shows_its_own_boxes():
     image = grey()
     boxes = [[100, 100, 300, 300]]
-    empty = draw_comparison(image, truth(image, [], []), detections(image, [], [], []), NAMES)
+    empty = draw_comparison(image, truth([], []), detections(image, [], [], []), NAMES)
     assert not is_colored(empty).any()
 
     left, right = halves(
-        draw_comparison(image, truth(image, boxes, [0]), detections(image, [], [], []), NAMES)
+        draw_comparison(image, truth(boxes, [0]), detections(image, [], [], []), NAMES)
     )
     assert is_colored(left).any()
     assert not is_colored(right).any()
 
     left, right = halves(
-        draw_comparison(image, truth(image, [], []), detections(image, boxes, [0.9], [0]), NAMES)
+        draw_comparison(image, truth([], []), detections(image, boxes, [0.9], [0]), NAMES)
     )
     assert not is_colored(left).any()
     assert is_colored(right).any()
@@ -64,7 +72,7 @@ def test_each_side_shows_its_own_boxes():
 def test_boxes_are_where_they_belong():
     image = grey()
     picture = draw_comparison(
-        image, truth(image, [[100, 120, 300, 320]], [1]), detections(image, [], [], []), NAMES
+        image, truth([[100, 120, 300, 320]], [1]), detections(image, [], [], []), NAMES
     )
     ys, xs = np.nonzero(is_colored(halves(picture)[0]))
     title = picture.shape[0] - image.shape[0]
@@ -79,7 +87,7 @@ def test_score_threshold():
         is_colored(
             draw_comparison(
                 image,
-                truth(image, [], []),
+                truth([], []),
                 detections(image, boxes, [0.9, 0.4], [0, 0]),
                 NAMES,
                 score_thresh=thresh,
@@ -96,7 +104,7 @@ def test_a_class_has_one_colour_and_classes_differ():
 
     def hue(classes):
         picture = draw_comparison(
-            image, truth(image, box, classes), detections(image, box, [0.9], classes), NAMES
+            image, truth(box, classes), detections(image, box, [0.9], classes), NAMES
         )
         hues = []
         for half in halves(picture):
@@ -110,16 +118,12 @@ def test_a_class_has_one_colour_and_classes_differ():
     assert abs(cat[0] - dog[0]) > 20
 
 
-def test_dataset_dict_equals_instances():
+def test_box_modes_and_crowds():
     image = grey()
-    record = {
-        "annotations": [
-            {"bbox": [100, 120, 200, 180], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
-        ]
-    }
     none = detections(image, [], [], [])
-    instances = truth(image, [[100, 120, 300, 300]], [1])
-    expected = draw_comparison(image, instances, none, NAMES)
+    expected = draw_comparison(image, truth([[100, 120, 300, 300]], [1]), none, NAMES)
+    record = truth([[100, 120, 200, 180]], [1])
+    record["annotations"][0]["bbox_mode"] = BoxMode.XYWH_ABS
     assert np.array_equal(draw_comparison(image, record, none, NAMES), expected)
     record["annotations"][0]["iscrowd"] = 1
     assert not np.array_equal(draw_comparison(image, record, none, NAMES), expected)
@@ -145,7 +149,7 @@ def test_small_pictures_are_enlarged_and_large_ones_kept():
 def test_boxes_move_with_an_enlarged_picture():
     image = grey(50, 80)
     picture = draw_comparison(
-        image, truth(image, [[10, 20, 30, 40]], [0]), detections(image, [], [], []), NAMES
+        image, truth([[10, 20, 30, 40]], [0]), detections(image, [], [], []), NAMES
     )
     ys, xs = np.nonzero(is_colored(halves(picture)[0]))
     # Enlarged eightfold, below a title of 28 pixels.
@@ -153,25 +157,119 @@ def test_boxes_move_with_an_enlarged_picture():
     assert np.abs(found - [80, 160, 240, 320]).max() <= 3
 
 
-def test_stack_rows():
-    rows = [np.full((10, 30, 3), 7, np.uint8), np.full((20, 50, 3), 9, np.uint8)]
-    stacked = stack_rows(rows)
-    assert stacked.shape == (10 + 8 + 20, 50, 3)
-    assert (stacked[:10, :30] == 7).all()
-    assert (stacked[-20:] == 9).all()
-    assert (stacked[:18, 30:] == 255).all()
-    assert (stacked[10:18] == 255).all()
+RESULT = {"image_id": 5, "category_id": 9, "bbox": [50.0, 60.0, 200.0, 150.0], "score": 0.75}
 
 
-def test_results_to_instances():
-    metadata = Metadata(name="toy", thing_dataset_id_to_contiguous_id={7: 0, 9: 1})
-    results = [
-        {"image_id": 3, "category_id": 9, "bbox": [10.0, 20.0, 5.0, 6.0], "score": 0.75},
-        {"image_id": 3, "category_id": 7, "bbox": [0.0, 1.0, 2.0, 3.0], "score": 0.5},
-    ]
-    instances = results_to_instances(results, (40, 50), metadata)
-    assert instances.image_size == (40, 50)
-    assert instances.pred_boxes.tensor.tolist() == [[10, 20, 15, 26], [0, 1, 2, 4]]
-    assert instances.scores.tolist() == [0.75, 0.5]
-    assert instances.pred_classes.tolist() == [1, 0]
-    assert len(results_to_instances([], (40, 50), metadata)) == 0
+class TestResults:
+    """Results of a dataset of two pictures, ids 3 and 5, and of the categories 7 and 9."""
+
+    @pytest.fixture
+    def dataset(self, tmp_path):
+        images = [
+            {"id": 3, "file_name": "3.png", "height": 400, "width": 500},
+            {"id": 5, "file_name": "5.png", "height": 420, "width": 450},
+        ]
+        for image in images:
+            cv2.imwrite(str(tmp_path / image["file_name"]), grey(image["height"], image["width"]))
+        box = {"id": 1, "image_id": 3, "category_id": 7, "bbox": [50, 60, 70, 80], "iscrowd": 0}
+        coco = {"images": images, "annotations": [{**box, "area": 5600}]}
+        coco["categories"] = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]
+        (tmp_path / "pets.json").write_text(json.dumps(coco))
+        register_coco_format("pets", tmp_path / "pets.json", tmp_path)
+        yield "pets"
+        DatasetCatalog.remove("pets")
+        MetadataCatalog.remove("pets")
+
+    @staticmethod
+    def write(folder, *results):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "coco_instances_results.json"
+        path.write_text(json.dumps(results))
+        return path
+
+    def test_every_picture_has_its_own_boxes(self, dataset, tmp_path):
+        picture = draw_results(dataset, self.write(tmp_path, RESULT))
+        assert picture.shape == (28 + 400 + 8 + 28 + 420, 500 + 8 + 500, 3)
+        first, second = picture[:428], picture[436:, : 450 + 8 + 450]
+        assert [is_colored(half).any() for half in halves(first)] == [True, False]
+        assert [is_colored(half).any() for half in halves(second)] == [False, True]
+        ys, xs = np.nonzero(is_colored(second))
+        found = np.array([xs.min(), ys.min(), xs.max(), ys.max()])
+        expected = [458 + 50, 28 + 60, 458 + 250, 28 + 210]
+        assert np.abs(found - expected).max() <= 3
+        assert (picture[436:, 450 + 8 + 450 :] == 255).all()  # the second is narrower
+
+    def test_choice_of_pictures(self, dataset, tmp_path):
+        path = self.write(tmp_path)
+        for options, height in (
+            ({"num_images": 1}, 400),
+            ({"skip": 1}, 420),
+            ({"min_boxes": 1}, 400),
+        ):
+            assert draw_results(dataset, path, **options).shape[0] == 28 + height
+        with pytest.raises(InputError, match="Nothing to draw: 'pets' has 2 images"):
+            draw_results(dataset, path, skip=2)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [({"image_id": 4}, "image_id 4"), ({"category_id": 1}, "category_id 1")],
+    )
+    def test_results_of_another_dataset(self, dataset, tmp_path, change, message):
+        path = self.write(tmp_path, RESULT, {**RESULT, **change})
+        with pytest.raises(InputError, match=f"{message}, which dataset 'pets' does not have"):
+            draw_results(dataset, path)
+
+    @pytest.mark.parametrize("text", ["{}", "[1]", '[{"image_id": 3}]', "[", "\x80"])
+    def test_file_that_has_no_results(self, dataset, tmp_path, text):
+        (tmp_path / "file.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(InputError, match=r"file\.json"):
+            draw_results(dataset, tmp_path / "file.json")
+
+    def test_results_of_one_dataset_are_found(self, dataset, tmp_path):
+        path = self.write(tmp_path / "inference")
+        for place in (tmp_path, tmp_path / "inference", path):
+            assert find_results(place, dataset) == path
+
+    def test_results_of_several_datasets_are_told_apart(self, dataset, tmp_path):
+        self.write(tmp_path / "inference")  # of an earlier evaluation
+        other = self.write(tmp_path / "inference" / "demo_val")
+        path = self.write(tmp_path / "inference" / "pets")
+        for place in (tmp_path, tmp_path / "inference", path):
+            assert find_results(place, dataset) == path
+        with pytest.raises(InputError, match="has the results of 'pets', not of 'demo_val'"):
+            find_results(path, "demo_val")
+        assert find_results(tmp_path, "demo_val") == other
+
+    def test_no_results(self, dataset, tmp_path):
+        with pytest.raises(InputError, match=r"no results of dataset 'pets'.*nothing"):
+            find_results(tmp_path, dataset)
+        other = self.write(tmp_path / "inference" / "demo_val")
+        with pytest.raises(InputError, match=f"What is there: {other}"):
+            find_results(tmp_path, dataset)
+
+    def run_tool(self, monkeypatch, tmp_path, output):
+        config = tmp_path / "config.yaml"
+        entry = ["pets", str(tmp_path / "pets.json"), str(tmp_path)]
+        config.write_text(json.dumps({"DATASETS": {"REGISTER": [entry], "TEST": ["pets"]}}))
+        arguments = ["--config-file", str(config), "--results", str(tmp_path), "--output", output]
+        monkeypatch.setattr("sys.argv", ["visualize_results", *arguments])
+        visualize_results.main()
+
+    def test_tool(self, dataset, monkeypatch, tmp_path):
+        path = self.write(tmp_path / "inference" / "pets", RESULT)
+        output = str(tmp_path / "made" / "picture.png")
+        self.run_tool(monkeypatch, tmp_path, output)
+        expected = draw_results(dataset, path)
+        assert np.array_equal(cv2.imread(output)[:, :, ::-1], expected)
+
+    def test_tool_says_what_is_wrong(self, dataset, monkeypatch, tmp_path):
+        self.write(tmp_path / "inference" / "pets", {**RESULT, "image_id": 4})
+        with pytest.raises(SystemExit, match=r"Error: .*of another dataset"):
+            self.run_tool(monkeypatch, tmp_path, str(tmp_path / "picture.png"))
+
+
+@pytest.mark.parametrize("name", ["picture.unknown", "file/picture.png"])
+def test_picture_that_cannot_be_written(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{name}': "):
+        save_picture(tmp_path / name, grey())

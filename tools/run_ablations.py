@@ -5,33 +5,34 @@ Train a grid of ablations on a small budget, with several seeds each, and print 
     python tools/run_ablations.py configs/ablations/table_3_*.yaml --output output/ablations \
         --config-file configs/gfl_R_18_FPN_demo.yaml --seeds 0 1 2 -- SOLVER.MAX_ITER 500
 
-From each ablation its ``MODEL.GFL`` is taken, but for the number of classes and the size of the
-head; data, backbone and schedule are those of ``--config-file``. Options after a ``--`` hold for
-all. A grid that was interrupted goes on where
-it stopped when run again.
+An ablation gives its ``MODEL.GFL``, without the number of classes and the size of the head. Data,
+backbone and schedule are those of ``--config-file``. Options after a ``--`` hold for all runs.
+
+Run the same command again after an interruption: finished runs are kept, an unfinished one starts
+again from its beginning.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
 from gfl_d2.config import load_config
-from gfl_d2.engine import read_metrics
-from gfl_d2.errors import InputError
+from gfl_d2.engine.runs import make_fresh_folder, parse_arguments, run_training
+from gfl_d2.errors import InputError, name_some
+from gfl_d2.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("AP", "AP50", "AP75")
-# What depends on the data and on the size of the model.
+# These depend on the data and on the size of the model.
 _NOT_TAKEN = ("NUM_CLASSES", "IN_FEATURES", "NUM_CONVS", "CONV_DIM", "NORM")
 
 
 def ablation_opts(config_file: str) -> list[str]:
-    """The ``MODEL.GFL`` of a config but for data and size of the head, as KEY VALUE pairs."""
+    """What is taken of an ablation's ``MODEL.GFL``, as KEY VALUE pairs."""
     opts = []
     for key, value in load_config(config_file).MODEL.GFL.items():
         if key not in _NOT_TAKEN:
@@ -39,40 +40,39 @@ def ablation_opts(config_file: str) -> list[str]:
     return opts
 
 
-def check_settings(folder: Path, settings: dict) -> None:
+def read_result(file: Path, settings: str) -> dict[str, float] | None:
     """
-    Write down what a run is trained with, so that one of other settings is not taken for it.
+    The metrics of a finished run, None if there is none.
 
     Raises:
-        InputError: it is there with other settings.
+        InputError: it was trained with other settings.
     """
-    path = folder / "settings.json"
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise InputError(f"{folder} has a run with other settings: see {path}")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-def read_result(folder: Path, num_iterations: int) -> dict[str, float] | None:
-    """AP after the last iteration, or None if training has not come that far."""
-    try:
-        records = read_metrics(folder)
-    except OSError:
+    if not file.is_file():
         return None
-    if max(records, default=0) < num_iterations:
-        return None
-    last = records[max(records)]
-    return {name: last[f"bbox/{name}"] for name in METRICS}
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if result["settings"] != settings:
+        changed = set(settings.splitlines()) ^ set(result["settings"].splitlines())
+        raise InputError(
+            f"{file.parent} has a run of other settings, which differ in "
+            f"{name_some(sorted(line.strip() for line in changed))}: delete it, or choose another "
+            "--output"
+        )
+    return result["metrics"]
 
 
-def train(config_file: str, opts: list[str], seed: int, folder: Path) -> None:
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config_file, "--resume"]
-    command += [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        sys.exit(f"{folder}: train_net.py ended with status {status}")
+def run_once(config_file: str, opts: list[str], folder: Path) -> dict[str, float]:
+    """The metrics of one run: those of a finished one with these settings, or of a new one."""
+    file = folder / "result.json"
+    settings = load_config(config_file, opts).dump()
+    metrics = read_result(file, settings)
+    if metrics is None:
+        make_fresh_folder(folder, "tools/run_ablations.py")
+        command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config_file]
+        metrics = run_training([*command, *opts], folder)
+        result = json.dumps({"metrics": metrics, "settings": settings}, indent=1)
+        with atomic_write(file) as stream:
+            stream.write(result.encode("utf-8"))
+    return {name: metrics[name] for name in METRICS}
 
 
 def format_table(results: dict[str, dict[int, dict[str, float]]]) -> str:
@@ -87,37 +87,32 @@ def format_table(results: dict[str, dict[int, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def run_grid(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
+    """The metrics of every run, by ablation and seed."""
+    rows = {Path(path).stem: [*ablation_opts(path), *args.opts] for path in args.ablations}
+    for row_opts in rows.values():
+        load_config(args.config_file, row_opts)  # a mistake shows before any training
+    results = {name: {} for name in rows}
+    runs = [(seed, name) for seed in args.seeds for name in rows]
+    for i, (seed, name) in enumerate(runs):
+        folder = args.output.resolve() / name / str(seed)
+        print(f"[{i + 1}/{len(runs)}] {name}, seed {seed}: {folder}", flush=True)
+        results[name][seed] = run_once(args.config_file, [*rows[name], "SEED", str(seed)], folder)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("ablations", nargs="+", metavar="CONFIG", help="in configs/ablations")
     parser.add_argument("--config-file", required=True, help="data, backbone and schedule")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, required=True)
-    # Not by argparse: it would give the list before the "--" what follows it.
-    index = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args, opts = parser.parse_args(sys.argv[1:index]), sys.argv[index + 1 :]
+    args = parse_arguments(parser)
 
     try:
-        num_iterations = load_config(args.config_file, opts).SOLVER.MAX_ITER
-        rows = {Path(path).stem: ablation_opts(path) for path in args.ablations}
-        for row_opts in rows.values():
-            load_config(args.config_file, [*row_opts, *opts])
+        results = run_grid(args)
     except InputError as error:
         sys.exit(f"Error: {error}")
-
-    results = {name: {} for name in rows}
-    runs = [(seed, name) for seed in args.seeds for name in rows]
-    for i, (seed, name) in enumerate(runs):
-        folder = args.output.resolve() / name / str(seed)
-        print(f"[{i + 1}/{len(runs)}] {name}, seed {seed}: {folder}", flush=True)
-        settings = {"config_file": args.config_file, "opts": [*rows[name], *opts], "seed": seed}
-        try:
-            check_settings(folder, settings)
-        except InputError as error:
-            sys.exit(f"Error: {error}")
-        if read_result(folder, num_iterations) is None:
-            train(args.config_file, [*rows[name], *opts], seed, folder)
-        results[name][seed] = read_result(folder, num_iterations)
     print("\n" + format_table(results))
     (args.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 

@@ -14,7 +14,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ..errors import InputError
+from ..errors import InputError, name_some
 
 __all__ = ["CocoFormatSummary", "register_coco_format", "registered_summary"]
 
@@ -27,8 +27,6 @@ _REQUIRED_KEYS = {
 }
 # Annotation keys that training can do without, but pycocotools' evaluation cannot.
 _EVALUATION_KEYS = ("area", "iscrowd")
-# How many offenders a message names.
-_NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def _check_annotation(json_file: str, annotation: dict, images: dict, categories
     where += f" (image {image_id}, {image['file_name']})"
     if not isinstance(category_id, Hashable) or category_id not in categories:
         raise InputError(
-            f"{where} has unknown category {category_id!r}; known: {_name_some(categories)}"
+            f"{where} has unknown category {category_id!r}; known: {name_some(categories)}"
         )
     where += f", category {category_id} ({categories[category_id]['name']}),"
     bbox = annotation["bbox"]
@@ -241,7 +239,7 @@ def _check_image_files(json_file: str, image_root: str, images: Iterable[dict]) 
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(paths)} images of {json_file} do not exist: "
-            f"{_name_some(missing)}"
+            f"{name_some(missing)}"
         )
 
 
@@ -258,7 +256,7 @@ def _filter_boxes_with_area(
         names = (f"annotation {a['id']} of image {a['image_id']}" for a in without_area)
         logger.warning(
             f"{len(without_area)} of the {len(with_area) + len(without_area)} boxes in {json_file} "
-            f"have no area inside their image and are left out of training: {_name_some(names)}. "
+            f"have no area inside their image and are left out of training: {name_some(names)}. "
             "COCO evaluation reads the file itself and counts them as missed."
         )
     return with_area
@@ -269,7 +267,7 @@ def _evaluation_problem(json_file: str, annotations: dict) -> str:
         lacking = [id for id, annotation in annotations.items() if key not in annotation]
         if lacking:
             return (
-                f"{json_file} has {len(lacking)} annotations without '{key}': {_name_some(lacking)}"
+                f"{json_file} has {len(lacking)} annotations without '{key}': {name_some(lacking)}"
             )
     return ""
 
@@ -282,10 +280,3 @@ def _has_area(bbox: list, width: float, height: float) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _name_some(items: Iterable) -> str:
-    """The first few items, for a message."""
-    names = [str(item) for item in items]
-    rest = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
