@@ -141,7 +141,7 @@ def again(content):
 
 
 def assert_same(weights, expected):
-    assert list(weights) == list(expected)
+    assert weights.keys() == expected.keys()
     for name, value in expected.items():
         assert weights[name].dtype == value.dtype, name
         assert torch.equal(weights[name], value), name

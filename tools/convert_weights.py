@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from gfl_d2.conversion import (
     find_configs,
     from_mmdet,
     read_checkpoint,
-    suggest_command,
     to_mmdet,
     write_checkpoint,
 )
@@ -52,26 +52,30 @@ def convert(args: argparse.Namespace) -> None:
 
     checkpoint = read_checkpoint(args.input)
     conversion = (to_mmdet if args.to == "mmdet" else from_mmdet)(checkpoint, cfg)
-    facts = conversion.facts
+    needed = conversion.needed
     if cfg is not None:
-        fitting = [(args.config_file, check_config(facts, cfg, args.config_file))]
-    elif args.to == "mmdet":
-        fitting = []
+        fitting = {args.config_file: check_config(needed, cfg, args.config_file)}
     else:
-        fitting = find_configs(facts, CONFIGS.glob("*.yaml"))
-    write_checkpoint(conversion.content, args.output, source=args.input)
+        fitting = find_configs(needed, CONFIGS.glob("gfl_*.yaml"))
+    write_checkpoint(conversion.content, args.output)
 
-    print(f"{args.input} is from {facts.source}: {describe(facts)}.")
+    print(f"{args.input} is from {conversion.source}: {describe(needed)}.")
+    if checkpoint.ignored:
+        print(f"Ignored: {', '.join(checkpoint.ignored)}.")
     print(*conversion.notes, f"Written: {args.output}", sep="\n")
     if fitting and args.to != "mmdet":
-        (config_file, changes), *others = fitting
-        config_file = os.path.relpath(config_file)
+        files = [os.path.relpath(file) for file in fitting]
+        changes = next(iter(fitting.values()))
         if changes:
-            print(f"{config_file} fits with these changes:")
+            print(f"{files[0]} fits with these changes:")
         else:
-            also = "".join(f", {os.path.relpath(file)}" for file, _ in others)
-            print(f"{config_file}{also} {'fit' if also else 'fits'}:")
-        print(suggest_command(facts, config_file, changes, args.output, args.opts))
+            print(f"{', '.join(files)} {'fit' if len(files) > 1 else 'fits'}:")
+        # Weights of a backbone alone are not evaluated: training starts from them.
+        words = ["--eval-only"] if "MODEL.GFL.NUM_CLASSES" in needed else []
+        words += ["MODEL.WEIGHTS", args.output, *args.opts]
+        for key, value in changes.items():
+            words += [key, "FrozenBN" if key == "MODEL.RESNETS.NORM" else str(value)]
+        print(shlex.join(["python", "train_net.py", "--config-file", files[0], *words]))
 
 
 def main() -> None:

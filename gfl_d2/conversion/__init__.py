@@ -6,16 +6,13 @@ Names and shapes alone say what a file holds. The model that they describe is th
 memory for its values, and has to have exactly the parameters that the file has.
 """
 
-from .facts import Facts, describe
+from .facts import check_config, describe, find_configs, find_differences
 from .files import Checkpoint, check_output, read_checkpoint, write_checkpoint
-from .fit import Difference, check_config, find_configs, find_differences, suggest_command
 from .mmdet import Conversion, from_mmdet, to_mmdet
 
 __all__ = [
     "Checkpoint",
     "Conversion",
-    "Difference",
-    "Facts",
     "check_config",
     "check_output",
     "describe",
@@ -23,7 +20,6 @@ __all__ = [
     "find_differences",
     "from_mmdet",
     "read_checkpoint",
-    "suggest_command",
     "to_mmdet",
     "write_checkpoint",
 ]

@@ -1,159 +1,113 @@
-"""What parameters are called in MMDetection and here, in both directions."""
+"""What parameters are called in MMDetection, torchvision, timm and MMPretrain."""
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-__all__ = ["BOTTOM_UP", "COUNTER", "Rule", "is_res2net", "pack", "rules_for", "translate", "unpack"]
+from ..errors import InputError, name_some
+
+__all__ = ["BOTTOM_UP", "COUNTER", "Source", "names_there", "unpack"]
 
 # Where the backbone's parameters are here.
 BOTTOM_UP = "backbone.bottom_up"
-# How the names of BatchNorm's counters end, which frozen norms have not.
+# How the name of a BatchNorm's counter ends. A frozen norm has none.
 COUNTER = ".num_batches_tracked"
 
-# Templates of a name there, and here.
-Rule = tuple[str, str]
-
-# A slot "{x}" is a number, "{x+1}" that number plus one; "{w}" is a weight or bias, "{s}" that or a
-# statistic of a normalization; "name[{x}]" is an element of a vector. Where several names there
-# stand for one here, the first is what is written.
-_DETECTOR_RULES = (
-    ("neck.lateral_convs.{i}.conv.{w}", "backbone.fpn_lateral{i+3}.{w}"),
-    ("neck.fpn_convs.0.conv.{w}", "backbone.fpn_output3.{w}"),
-    ("neck.fpn_convs.1.conv.{w}", "backbone.fpn_output4.{w}"),
-    ("neck.fpn_convs.2.conv.{w}", "backbone.fpn_output5.{w}"),
-    ("neck.fpn_convs.3.conv.{w}", "backbone.top_block.p6.{w}"),
-    ("neck.fpn_convs.4.conv.{w}", "backbone.top_block.p7.{w}"),
-    ("bbox_head.cls_convs.{i}.conv.{w}", "head.cls_subnet.{i}.{w}"),
-    ("bbox_head.cls_convs.{i}.gn.{w}", "head.cls_subnet.{i}.norm.{w}"),
-    ("bbox_head.reg_convs.{i}.conv.{w}", "head.bbox_subnet.{i}.{w}"),
-    ("bbox_head.reg_convs.{i}.gn.{w}", "head.bbox_subnet.{i}.norm.{w}"),
-    ("bbox_head.gfl_cls.{w}", "head.cls_score.{w}"),
-    ("bbox_head.gfl_reg.{w}", "head.bbox_pred.{w}"),
-    ("bbox_head.reg_conf.{i}.{w}", "head.quality_pred.{i}.{w}"),
-    ("bbox_head.scales.{i}.scale", "head.scales[{i}]"),
+# Patterns of modules here, what they are called there, and what their normalization is, if they
+# have one. Where several patterns fit, MMDetection's name is the first. Those of a backbone are
+# for names without "bottom_up", and with "layer1" for "res2".
+_RULES = (
+    *((rf"backbone\.fpn_lateral{i + 3}", f"neck.lateral_convs.{i}.conv", "") for i in range(3)),
+    *((rf"backbone\.fpn_output{i + 3}", f"neck.fpn_convs.{i}.conv", "") for i in range(3)),
+    *((rf"backbone\.top_block\.p{i + 3}", f"neck.fpn_convs.{i}.conv", "") for i in (3, 4)),
+    (r"head\.cls_subnet\.(\d+)", r"bbox_head.cls_convs.\1.conv", r"bbox_head.cls_convs.\1.gn"),
+    (r"head\.bbox_subnet\.(\d+)", r"bbox_head.reg_convs.\1.conv", r"bbox_head.reg_convs.\1.gn"),
+    (r"head\.cls_score", "bbox_head.gfl_cls", ""),
+    (r"head\.bbox_pred", "bbox_head.gfl_reg", ""),
+    (r"head\.quality_pred\.(\d+)", r"bbox_head.reg_conf.\1", ""),
+    (r"head\.scales\.(\d+)", r"bbox_head.scales.\1", ""),
+    (r"(backbone\.layer.+)\.conv(\d)", r"\1.conv\2", r"\1.bn\2"),
 )
-_THERE, _HERE = "backbone.layer{k}.{b}", f"{BOTTOM_UP}.res{{k+1}}.{{b}}"
 _RESNET_RULES = (
-    ("backbone.conv1.{w}", f"{BOTTOM_UP}.stem.conv1.{{w}}"),
-    ("backbone.bn1.{s}", f"{BOTTOM_UP}.stem.conv1.norm.{{s}}"),
-    (f"{_THERE}.conv{{c}}.{{w}}", f"{_HERE}.conv{{c}}.{{w}}"),
-    (f"{_THERE}.bn{{c}}.{{s}}", f"{_HERE}.conv{{c}}.norm.{{s}}"),
-    (f"{_THERE}.conv2.conv_offset.{{w}}", f"{_HERE}.conv2_offset.{{w}}"),
-    (f"{_THERE}.conv2_offset.{{w}}", f"{_HERE}.conv2_offset.{{w}}"),  # in old versions
-    (f"{_THERE}.downsample.0.{{w}}", f"{_HERE}.shortcut.{{w}}"),
-    (f"{_THERE}.downsample.1.{{s}}", f"{_HERE}.shortcut.norm.{{s}}"),
+    *_RULES,
+    (r"backbone\.stem\.conv1", "backbone.conv1", "backbone.bn1"),
+    (r"(backbone\.layer.+)\.conv2_offset", r"\1.conv2.conv_offset", ""),
+    (r"(backbone\.layer.+)\.conv2_offset", r"\1.conv2_offset", ""),  # in MMDetection 1
+    (r"(backbone\.layer.+)\.shortcut", r"\1.downsample.0", r"\1.downsample.1"),
 )
 _RES2NET_RULES = (
-    ("backbone.stem.0.{w}", f"{BOTTOM_UP}.stem.conv1.{{w}}"),
-    ("backbone.stem.1.{s}", f"{BOTTOM_UP}.stem.conv1.norm.{{s}}"),
-    ("backbone.stem.3.{w}", f"{BOTTOM_UP}.stem.conv2.{{w}}"),
-    ("backbone.stem.4.{s}", f"{BOTTOM_UP}.stem.conv2.norm.{{s}}"),
-    ("backbone.stem.6.{w}", f"{BOTTOM_UP}.stem.conv3.{{w}}"),
-    ("backbone.stem.7.{s}", f"{BOTTOM_UP}.stem.conv3.norm.{{s}}"),
-    # The stem in timm.
-    ("backbone.conv1.0.{w}", f"{BOTTOM_UP}.stem.conv1.{{w}}"),
-    ("backbone.conv1.1.{s}", f"{BOTTOM_UP}.stem.conv1.norm.{{s}}"),
-    ("backbone.conv1.3.{w}", f"{BOTTOM_UP}.stem.conv2.{{w}}"),
-    ("backbone.conv1.4.{s}", f"{BOTTOM_UP}.stem.conv2.norm.{{s}}"),
-    ("backbone.conv1.6.{w}", f"{BOTTOM_UP}.stem.conv3.{{w}}"),
-    ("backbone.bn1.{s}", f"{BOTTOM_UP}.stem.conv3.norm.{{s}}"),
-    (f"{_THERE}.conv{{c}}.{{w}}", f"{_HERE}.conv{{c}}.{{w}}"),
-    (f"{_THERE}.bn{{c}}.{{s}}", f"{_HERE}.conv{{c}}.norm.{{s}}"),
-    (f"{_THERE}.convs.{{i}}.{{w}}", f"{_HERE}.convs.{{i}}.{{w}}"),
-    (f"{_THERE}.bns.{{i}}.{{s}}", f"{_HERE}.convs.{{i}}.norm.{{s}}"),
-    (f"{_THERE}.convs.{{i}}.conv_offset.{{w}}", f"{_HERE}.conv_offsets.{{i}}.{{w}}"),
-    (f"{_THERE}.downsample.1.{{w}}", f"{_HERE}.shortcut.{{w}}"),  # 0 is a pooling
-    (f"{_THERE}.downsample.2.{{s}}", f"{_HERE}.shortcut.norm.{{s}}"),
+    *_RULES,
+    (r"backbone\.stem\.conv1", "backbone.stem.0", "backbone.stem.1"),
+    (r"backbone\.stem\.conv2", "backbone.stem.3", "backbone.stem.4"),
+    (r"backbone\.stem\.conv3", "backbone.stem.6", "backbone.stem.7"),
+    (r"backbone\.stem\.conv1", "backbone.conv1.0", "backbone.conv1.1"),  # in timm
+    (r"backbone\.stem\.conv2", "backbone.conv1.3", "backbone.conv1.4"),
+    (r"backbone\.stem\.conv3", "backbone.conv1.6", "backbone.bn1"),
+    (r"(backbone\.layer.+)\.convs\.(\d+)", r"\1.convs.\2", r"\1.bns.\2"),
+    (r"(backbone\.layer.+)\.conv_offsets\.(\d+)", r"\1.convs.\2.conv_offset", ""),
+    # downsample.0 is a pooling
+    (r"(backbone\.layer.+)\.shortcut", r"\1.downsample.1", r"\1.downsample.2"),
 )
 
-_SLOT = re.compile(r"\{(\w)(?:\+(\d+))?\}")
-_SLOT_VALUES = {"w": "weight|bias", "s": "weight|bias|running_mean|running_var|num_batches_tracked"}
-_NUMBER = "0|[1-9][0-9]{0,3}"  # one spelling per number: no two names mean the same
-_ELEMENT = re.compile(r"(.+)\[([0-9]+)\]")
 
-
-def rules_for(names: Iterable[str]) -> tuple[Rule, ...]:
-    """The rules for models that have these names, there or here."""
-    return _DETECTOR_RULES + (_RES2NET_RULES if is_res2net(names) else _RESNET_RULES)
-
-
-def is_res2net(names: Iterable[str]) -> bool:
-    names = list(names)
-    return sum(".convs." in name for name in names) > sum(".conv2." in name for name in names)
-
-
-def translate(name: str, rules: Sequence[Rule], *, back: bool = False) -> list[tuple[Rule, str]]:
-    """
-    Args:
-        name: there; or here, if ``back``.
-        rules: pairs of templates.
-
-    Returns:
-        list[tuple]: the rules that fit, each with the name that it gives.
-    """
-    found = []
-    for rule in rules:
-        source, target = reversed(rule) if back else rule
-        pattern, shifts = _compile(source)
-        match = pattern.fullmatch(name)
-        if match:
-            values = match.groupdict()
-            values.update({slot: int(values[slot]) - shift for slot, shift in shifts.items()})
-            if all(values[slot] >= 0 for slot in shifts):
-                found.append((rule, _fill(target, values)))
-    return found
-
-
-@functools.cache
-def _compile(template: str) -> tuple[re.Pattern, dict[str, int]]:
-    """A pattern with a group for each slot, and what is added to each number."""
-    literal, *rest = _SLOT.split(template)
-    pattern, shifts = re.escape(literal), {}
-    for slot, shift, literal in zip(rest[::3], rest[1::3], rest[2::3]):
-        pattern += f"(?P<{slot}>{_SLOT_VALUES.get(slot, _NUMBER)}){re.escape(literal)}"
-        if slot not in _SLOT_VALUES:
-            shifts[slot] = int(shift or 0)
-    return re.compile(pattern), shifts
-
-
-def _fill(template: str, values: Mapping[str, Any]) -> str:
-    def value(slot: re.Match) -> str:
-        name, shift = slot.groups()
-        return values[name] if name in _SLOT_VALUES else str(values[name] + int(shift or 0))
-
-    return _SLOT.sub(value, template)
+def names_there(here: str, *, res2net: bool) -> list[str]:
+    """All names that other code bases have for a parameter; MMDetection's is the first."""
+    module, _, parameter = here.rpartition(".")
+    module, is_norm, _ = module.partition(".norm")
+    module = re.sub(r"\.bottom_up\.res(\d)", lambda m: f".layer{int(m[1]) - 1}", module)
+    module = module.replace(".bottom_up", "")
+    rules = _RES2NET_RULES if res2net else _RESNET_RULES
+    matches = ((re.fullmatch(rule[0], module), rule[2 if is_norm else 1]) for rule in rules)
+    return [f"{match.expand(there)}.{parameter}" for match, there in matches if match]
 
 
 def unpack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With vectors that are many parameters there taken apart: ``name[0]``, ``name[1]``, ..."""
-    tensors = {}
-    for name, value in weights.items():
-        if value.ndim == 1 and translate(f"{name}[0]", _DETECTOR_RULES, back=True):
-            tensors.update({f"{name}[{i}]": element for i, element in enumerate(value)})
-        else:
-            tensors[name] = value
-    return tensors
+    """Weights of ours with the scales of the levels apart, as they are there."""
+    weights = dict(weights)
+    if "head.scales" in weights and weights["head.scales"].ndim == 1:
+        for i, scale in enumerate(weights.pop("head.scales")):
+            weights[f"head.scales.{i}.scale"] = scale
+    return weights
 
 
-def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The opposite of :func:`unpack`. A vector comes where one of its elements came first."""
-    weights: dict[str, Any] = {}
-    for name, value in tensors.items():
-        element = _ELEMENT.fullmatch(name)
-        if element:
-            weights.setdefault(element[1], {})[int(element[2])] = value
-        else:
-            weights[name] = value
-    return {
-        name: torch.stack([v for _, v in sorted(value.items())])
-        if isinstance(value, dict)
-        else value
-        for name, value in weights.items()
-    }
+class Source:
+    """The weights of a file, asked for by the names that they have here."""
+
+    def __init__(self, path: str, weights: Mapping[str, Tensor], *, is_ours: bool):
+        self.path = path
+        self.weights = weights
+        self.is_ours = is_ours
+        self.is_res2net = any(".convs." in name for name in weights)
+        self.has_prefix = any(name.startswith("backbone.") for name in weights)
+
+    def names(self, here: str) -> list[str]:
+        """The names that the file may have for a parameter."""
+        if self.is_ours:
+            return [here]
+        there = names_there(here, res2net=self.is_res2net)
+        return there if self.has_prefix else [name.replace("backbone.", "", 1) for name in there]
+
+    def find(self, here: str) -> str | None:
+        """The name in the file. None if it has none."""
+        return next((name for name in self.names(here) if name in self.weights), None)
+
+    def has(self, module: str) -> bool:
+        """Whether the file has any parameter of a module or its normalization."""
+        parts = ("weight", "bias", "norm.weight", "norm.bias")
+        return any(self.find(f"{module}.{part}") is not None for part in parts)
+
+    def size(self, here: str, axis: int = 0) -> int:
+        """The size of a parameter along an axis. It is an InputError if there is no such."""
+        there = self.find(here)
+        if there is None:
+            raise InputError(
+                f"Weights file {self.path} is not of a whole GFL detector or ImageNet backbone: it "
+                f"lacks {' or '.join(self.names(here))}, but has {name_some(self.weights)}"
+            )
+        shape = tuple(self.weights[there].shape)
+        if len(shape) <= axis:
+            raise InputError(f"Weights file {self.path}: {there} has the shape {shape}")
+        return shape[axis]

@@ -1,6 +1,7 @@
 from .deform import DeformConv2d, use_torchvision_deform_conv
 from .fpn import LastLevelP6P7OnP5, build_gfl_fpn, build_gfl_resnet_fpn_backbone
 from .res2net import (
+    BLOCKS_PER_STAGE,
     DeepStem,
     Res2NetBlock,
     build_gfl_res2net_fpn_backbone,
@@ -8,6 +9,7 @@ from .res2net import (
 )
 
 __all__ = [
+    "BLOCKS_PER_STAGE",
     "DeepStem",
     "DeformConv2d",
     "LastLevelP6P7OnP5",

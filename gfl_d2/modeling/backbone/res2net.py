@@ -17,9 +17,22 @@ from ...errors import InputError
 from .deform import DeformConv2d
 from .fpn import build_gfl_fpn, zero_init_residual
 
-__all__ = ["DeepStem", "Res2NetBlock", "build_gfl_res2net_fpn_backbone", "build_res2net_backbone"]
+__all__ = [
+    "BLOCKS_PER_STAGE",
+    "DeepStem",
+    "Res2NetBlock",
+    "build_gfl_res2net_fpn_backbone",
+    "build_res2net_backbone",
+]
 
-_BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+# Of a ResNet by its depth. Up to 34 it has basic blocks, above that bottlenecks.
+BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 class DeepStem(CNNBlockBase):
@@ -154,7 +167,7 @@ def build_res2net_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
     stem = DeepStem(input_shape.channels, in_channels, norm=resnets.NORM)
     stages = []
-    for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[resnets.DEPTH]):
+    for i, num_blocks in enumerate(BLOCKS_PER_STAGE[resnets.DEPTH]):
         stage = ResNet.make_stage(
             Res2NetBlock,
             num_blocks,
@@ -215,7 +228,7 @@ def _check(cfg) -> None:
     widths = [_width(cfg, i) for i in range(4)]
     divides = groups >= 1 and all(w % groups == 0 for w, on in zip(widths, deform) if on)
     rules = {
-        "RESNETS.DEPTH": (resnets.DEPTH in _BLOCKS_PER_STAGE, "50, 101 or 152"),
+        "RESNETS.DEPTH": (resnets.DEPTH in (50, 101, 152), "50, 101 or 152"),
         "RESNETS.NUM_GROUPS": (resnets.NUM_GROUPS == 1, "1"),
         "RESNETS.WIDTH_PER_GROUP": (
             resnets.WIDTH_PER_GROUP == 64,
