@@ -18,7 +18,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 help:
 	@echo "make env        build the environment: Detectron2 0.6 from PyPI, without its C++ extension"
 	@echo "make test       run the tests, in the environment (built if needed)"
-	@echo "make lint       check the code's style; needs no environment"
+	@echo "make lint       check style and imports of the code; needs no environment"
 	@echo "make format     correct the code's style"
 	@echo "make demo       run the demo, in the environment (built if needed)"
 	@echo "make clean      remove build products and the outputs of the demo"
@@ -43,15 +43,17 @@ test: env
 demo: env
 	"$(VENV_PYTHON)" demo/run_demo.py
 
-# ruff has an environment of its own, so that checking the style takes seconds.
-$(LINT_VENV)/complete: dev/requirements/lint.txt
+# ruff and import-linter have an environment of their own, without PyTorch: it takes seconds.
+$(LINT_VENV)/complete: dev/requirements/lint.txt dev/requirements/constraints.txt
 	$(BASE_PYTHON) -m venv --clear $(LINT_VENV)
-	$(LINT_VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	$(LINT_VENV)/bin/python -m pip install -q --disable-pip-version-check \
+		-r dev/requirements/lint.txt -c dev/requirements/constraints.txt
 	touch $@
 
 lint: $(LINT_VENV)/complete
 	$(LINT_VENV)/bin/ruff check --config dev/ruff.toml .
 	$(LINT_VENV)/bin/ruff format --config dev/ruff.toml --check .
+	$(LINT_VENV)/bin/lint-imports --config dev/importlinter.ini --no-cache
 
 format: $(LINT_VENV)/complete
 	$(LINT_VENV)/bin/ruff check --config dev/ruff.toml --fix .

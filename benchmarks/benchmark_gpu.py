@@ -4,11 +4,10 @@ Everything there is to measure on a GPU, in one run of less than ten minutes.
 
     python benchmarks/benchmark_gpu.py --json gpu.json
 
-First whether results are those of a CPU, whether training waits for the GPU, and whether the loss
-can be captured in a CUDA graph. Then what the device can do at best, inference and training of GFL,
-RetinaNet and FCOS side by side, the loss alone, where the time goes, and last what torch.compile
-brings. Results are written after each part. What does not fit into ``--limit`` is left out, and
-named, as is what fails.
+First whether results are those of a CPU, and whether the loss waits for the GPU. Then inference and
+training of GFL, RetinaNet and FCOS side by side, the loss alone, where the time goes, and last what
+torch.compile brings. Results are written after each part. What does not fit into ``--limit`` is
+left out, and named, as is what fails.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -75,7 +73,6 @@ def tf32(is_allowed: bool) -> Iterator[None]:
 # Are the results right?
 
 
-@functools.lru_cache(maxsize=1)
 def make_weights(classes: int) -> dict[str, Tensor]:
     """Random, with predictions that differ from place to place."""
     torch.manual_seed(0)
@@ -152,7 +149,7 @@ def check_training(work: Workload) -> dict[str, float]:
             losses = model(make_mixed_inputs(here))
             sum(losses.values()).backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append((list(losses.values()), grads))
+        results.append(([x.detach() for x in losses.values()], grads))
     (losses, grads), (expected_losses, expected_grads) = results
     return {
         "error of losses": max(
@@ -166,8 +163,7 @@ def check_synchronization(work: Workload) -> dict[str, int]:
     """That nothing between the head's outputs and their gradients waits for the GPU."""
     model = build_gfl(work, weights=make_weights(work.classes))
     compute = MODES["loss"](model, make_mixed_inputs(work), work)
-    for _ in range(3):  # what is kept for later has been copied
-        compute()
+    compute()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -175,54 +171,6 @@ def check_synchronization(work: Workload) -> dict[str, int]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {"synchronizations": 0}
-
-
-def check_graph(work: Workload) -> dict[str, float]:
-    """Replays of a CUDA graph, for other predictions than those that it was captured with."""
-    model = build_gfl(work, weights=make_weights(work.classes))
-    compute = MODES["loss"](model, make_mixed_inputs(work), work)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            compute()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = compute()
-    with torch.no_grad():
-        for x in compute.maps:
-            x.add_(torch.randn_like(x))
-    graph.replay()
-    return {"error of losses and gradients": relative_error(captured, compute())}
-
-
-# What can the device do?
-
-
-def measure_ceilings(device: str, side: int) -> dict[str, float]:
-    """Bytes a second of large copies, operations a second of large products; of random values."""
-    x = torch.randn(side, side, device=device)
-    y = torch.empty_like(x)
-    seconds = time_of(lambda: y.copy_(x), device)
-    result = {"bytes": 2 * x.numel() * x.element_size() / seconds}
-    for name, (precision, is_allowed) in PRECISIONS.items():
-        a = x.to(Workload(precision=precision).dtype)
-        with tf32(is_allowed):
-            result[name] = 2 * side**3 / time_of(lambda a=a: a @ a, device)
-    return result
-
-
-def time_of(step: Step, device: str, times: int = 10) -> float:
-    """Median, in seconds, of one of several in a row."""
-
-    def repeat():
-        for _ in range(times):
-            step()
-
-    repeat.prepare = functools.partial(prepare, step)
-    results, _ = measure({"": lambda: repeat}, device, repeats=5, warmup=2)
-    return results[""]["median_ms"] / 1e3 / times
 
 
 # Models side by side.
@@ -251,31 +199,10 @@ def compare(
 # Where does the time go?
 
 
-class ConvolutionBytes(TorchDispatchMode):
-    """Counts what convolutions, forward and backward, read and write at least."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (
-            torch.ops.aten.convolution.default,
-            torch.ops.aten.convolution_backward.default,
-        ):
-            tensors = [x for x in tree_leaves((args, out)) if isinstance(x, Tensor)]
-            self.total += sum(x.numel() * x.element_size() for x in tensors)
-        return out
-
-
-def break_down(step: Step, work: Workload, ceilings: dict[str, float]) -> dict[str, float]:
-    """
-    Returns:
-        time; time of kernels and their number; and two floors: operations of convolutions over the
-        rate of products, bytes that they read and write over the rate of a copy.
-    """
-    result = {"ms": 1e3 * time_of(step, work.device, times=1)}
+def break_down(step: Step, work: Workload) -> dict[str, float]:
+    """Median time and, on a GPU, that of its kernels and their number; the rate of convolutions."""
+    results, _ = measure({"": lambda: step}, work.device, repeats=5, warmup=2)
+    result = {"ms": results[""]["median_ms"]}
     if work.device.startswith("cuda"):
         prepare(step)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -285,16 +212,14 @@ def break_down(step: Step, work: Workload, ceilings: dict[str, float]) -> dict[s
         result["kernels ms"] = sum(x.time_range.elapsed_us() for x in kernels) / 1e3
         result["kernels"] = len(kernels)
     prepare(step)
-    with FlopCounterMode(display=False) as flops, ConvolutionBytes() as moved:
+    with FlopCounterMode(display=False) as flops:
         step()
-    name = {"fp32": "TF32", "bf16": "bfloat16", "fp16": "float16"}[work.precision]
-    result["floor of operations ms"] = 1e3 * flops.get_total_flops() / ceilings[name]
-    result["floor of bytes ms"] = 1e3 * moved.total / ceilings["bytes"]
+    result["TFLOP/s"] = flops.get_total_flops() / result["ms"] / 1e9
     return result
 
 
 @torch.no_grad()
-def break_down_inference(work: Workload, ceilings: dict[str, float]) -> dict[str, dict]:
+def break_down_inference(work: Workload) -> dict[str, dict]:
     model, inputs = build_gfl(work, is_training=False), make_inputs(work)
     step, post = (MODES[mode](model, inputs, work) for mode in ("infer", "post"))
     images, features, _ = forward_parts(model, inputs)
@@ -307,10 +232,10 @@ def break_down_inference(work: Workload, ceilings: dict[str, float]) -> dict[str
         "post-processing": post,
         "all": step,
     }
-    return {name: break_down(part, work, ceilings) for name, part in parts.items()}
+    return {name: break_down(part, work) for name, part in parts.items()}
 
 
-def break_down_training(work: Workload, ceilings: dict[str, float]) -> dict[str, dict]:
+def break_down_training(work: Workload) -> dict[str, dict]:
     """Forward and backward of each part."""
     model, inputs = build_gfl(work), make_inputs(work)
     step = MODES["train"](model, inputs, work)
@@ -334,7 +259,7 @@ def break_down_training(work: Workload, ceilings: dict[str, float]) -> dict[str,
         "loss": loss,
         "all, with optimizer": step,
     }
-    return {name: break_down(part, work, ceilings) for name, part in parts.items()}
+    return {name: break_down(part, work) for name, part in parts.items()}
 
 
 # All of it.
@@ -392,7 +317,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], help="height and width")
     parser.add_argument("--batch", type=int, default=16, help="beside 1, and of training")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--side", type=int, default=8192, help="of the matrices for the ceilings")
     parser.add_argument("--limit", type=float, default=540, help="seconds; no part starts after it")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     args = parser.parse_args()
@@ -404,18 +328,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
-    is_cuda = args.device.startswith("cuda")
     report = Report(describe_machine(args.device), args.json, args.limit)
     one = Workload(device=args.device, size=tuple(args.size))
     batch = replace(one, batch=args.batch)
     few = replace(one, batch=2)
     report.add("Inference against the CPU, relative errors", lambda: check_inference(few))
     report.add("Training against the CPU, relative errors", lambda: check_training(few))
-    if is_cuda:
+    if args.device.startswith("cuda"):
         report.add("Waiting in the loss", lambda: check_synchronization(few))
-        report.add("Loss in a CUDA graph", lambda: check_graph(few))
-
-    ceilings = report.add("Ceilings", lambda: measure_ceilings(args.device, args.side))
     for work in (one, batch):
         for name, (precision, is_allowed) in PRECISIONS.items():
             with tf32(is_allowed):
@@ -445,11 +365,11 @@ def main() -> None:
     for work in (one, batch):
         report.add(
             f"Parts of inference, batch {work.batch}, bfloat16",
-            lambda w=work: break_down_inference(w, ceilings),
+            lambda w=work: break_down_inference(w),
         )
     report.add(
         f"Parts of training, batch {batch.batch}, bfloat16",
-        lambda: break_down_training(batch, ceilings),
+        lambda: break_down_training(batch),
     )
 
     # Last, as each takes a minute or more.

@@ -19,7 +19,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -28,7 +28,7 @@ from gfl_d2.deploy import prepare_for_inference
 from gfl_d2.deploy.compilation import begin_step, compile_parts
 from gfl_d2.engine import Trainer
 from gfl_d2.errors import InputError
-from gfl_d2.modeling import GFL, aligned_iou
+from gfl_d2.modeling import GFL, GroundTruth, Predictions
 
 ROOT = Path(__file__).resolve().parents[1]
 GFL_CONFIG = str(ROOT / "configs" / "gfl_R_50_FPN_1x.yaml")
@@ -246,10 +246,7 @@ def train_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step
 
 
 def loss_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
-    """
-    What follows the head in training, forward and backward to the predictions. The step gives
-    the losses and these gradients.
-    """
+    """What follows the head in training, forward and backward to the predictions."""
     model.train()
     with work.autocast():
         spread_logits(model, inputs)
@@ -261,10 +258,10 @@ def loss_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
     def step():
         with EventStorage(), work.autocast():
             losses = model.forward_training(images, features, predictions, gt_instances)
-        losses = list(losses.values())
-        return [*losses, *torch.autograd.grad(sum(losses), maps)]
+        for x in maps:
+            x.grad = None
+        sum(losses.values()).backward()
 
-    step.maps = maps
     return step
 
 
@@ -280,39 +277,43 @@ def make_step(
 def assign_steps(model: GFL, inputs: list[dict]) -> dict[str, Step]:
     """Assignment alone, by arithmetic and as it is usually written."""
     with torch.no_grad():
-        images, features, _ = forward_parts(model, inputs)
-    locations = model._locations(features, images.image_sizes)
-    boxes = [x["instances"].gt_boxes.tensor for x in inputs]
-    anchors = make_anchors(locations, boxes[0].device)
+        images, features, predictions = forward_parts(model, inputs)
+    sizes = torch.tensor(images.image_sizes, device=model.device)
+    levels = model.levels(Predictions(*predictions), sizes)
+    gt_instances = [x["instances"] for x in inputs]
+    gt = GroundTruth.from_instances(gt_instances)
+    shapes = model.backbone.output_shape()
+    strides = [shapes[name].stride for name in model.head_in_features]
+    anchors = [make_anchors(*level) for level in zip(features, strides)]
     return {
-        "arithmetic": lambda: model.assigner(locations, boxes),
-        "plain": lambda: [plain_atss(anchors, gt) for gt in boxes],
+        "arithmetic": lambda: model.assigner(levels, gt),
+        "plain": lambda: [plain_atss(anchors, x.gt_boxes) for x in gt_instances],
     }
 
 
-def make_anchors(locations, device) -> list[torch.Tensor]:
-    """Boxes of each level, shape (Ri, 4)."""
-    centers = locations.centers(device).tensor_split(locations.starts[1:-1])
-    halves = [grid.anchor_size / 2 for grid in locations.grids]
-    return [torch.cat((c - half, c + half), dim=1) for c, half in zip(centers, halves)]
+def make_anchors(feature: torch.Tensor, stride: int) -> Boxes:
+    """One square of eight strides for each location."""
+    y, x = (torch.arange(n, device=feature.device) * stride for n in feature.shape[-2:])
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    centers = torch.stack((x, y), dim=-1).reshape(-1, 2).float()
+    return Boxes(torch.cat((centers - 4 * stride, centers + 4 * stride), dim=1))
 
 
-def plain_atss(anchors: list[torch.Tensor], gt: torch.Tensor, topk: int = 9) -> torch.Tensor:
-    """ATSS by the distances and IoUs of all pairs."""
-    boxes = torch.cat(anchors)
-    gt_centers = (gt[:, :2] + gt[:, 2:]) / 2
-    iou = aligned_iou(boxes, gt[:, None])  # (M, R)
+def plain_atss(anchors: list[Boxes], gt: Boxes, topk: int = 9) -> torch.Tensor:
+    """ATSS by the distances and IoUs of all pairs: the number of the box of each anchor, or -1."""
+    iou = pairwise_iou(gt, Boxes.cat(anchors))
     indices, first = [], 0
     for level in anchors:
-        distance = torch.cdist(gt_centers, (level[:, :2] + level[:, 2:]) / 2)
+        distance = torch.cdist(gt.get_centers(), level.get_centers())
         nearest = distance.topk(min(topk, len(level)), dim=1, largest=False).indices
         indices.append(nearest + first)
         first += len(level)
     index = torch.cat(indices, dim=1)
     candidates = iou.gather(1, index)
     threshold = candidates.mean(dim=1, keepdim=True) + candidates.std(dim=1, keepdim=True)
-    centers = (boxes[index][..., :2] + boxes[index][..., 2:]) / 2
-    sides = torch.cat((centers - gt[:, None, :2], gt[:, None, 2:] - centers), dim=-1)
+    centers = Boxes.cat(anchors).get_centers()[index]
+    corners = gt.tensor[:, None]
+    sides = torch.cat((centers - corners[..., :2], corners[..., 2:] - centers), dim=-1)
     is_positive = (candidates >= threshold) & (sides.amin(dim=-1) > 0.01)
     best = torch.full_like(iou, -1).scatter_(1, index, torch.where(is_positive, candidates, -1))
     value, number = best.max(dim=0)

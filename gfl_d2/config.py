@@ -19,6 +19,7 @@ __all__ = [
     "check_config",
     "check_gfl_config",
     "check_training_config",
+    "choose_device",
     "load_config",
 ]
 
@@ -35,9 +36,8 @@ def add_gfl_config(cfg: CN) -> None:
     # DATASETS.TEST has several; "" keeps none. Needs TEST.EVAL_PERIOD > 0.
     cfg.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
 
-    # Of `train_net.py --eval-only` and gfl_d2.inference.Predictor. The same results, but for
-    # rounding, in less time: BatchNorm folded into the convolutions, memory format channels_last
-    # and, on a CPU, weights arranged once for oneDNN, ReLU and residual sums part of a convolution.
+    # Of `train_net.py --eval-only` and gfl_d2.deploy.Predictor. The same results, but for rounding,
+    # in less time: BatchNorm folded into the convolutions, and memory format channels_last.
     cfg.TEST.OPTIMIZE = True
     # Precision of backbone and head: "float32", "bfloat16" or "float16" (on a GPU). Boxes are
     # decoded in float32 always.
@@ -168,9 +168,14 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
         cfg.merge_from_list(list(opts))
     except (*errors, yaml.YAMLError) as error:
         raise InputError(f"Config file '{config_file}' or options: {error}") from None
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU: using the CPU.")
-        cfg.MODEL.DEVICE = "cpu"
+    choose_device(cfg)
     check_config(cfg)
     cfg.freeze()
     return cfg
+
+
+def choose_device(cfg: CN) -> None:
+    """Make ``MODEL.DEVICE`` "cpu" (in place), with a warning, if it is a GPU and there is none."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU: using the CPU.")
+        cfg.MODEL.DEVICE = "cpu"

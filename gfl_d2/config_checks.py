@@ -87,6 +87,8 @@ def check_gfl_config(cfg: CfgNode) -> None:
     _require(number >= 1, "TEST.DETECTIONS_PER_IMAGE", ">= 1", number)
     for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
         _require(not cfg.MODEL[key], f"MODEL.{key}", "False: GFL does not have it", True)
+    allowed = "0: GFL draws no pictures in training (tools/visualize_results.py does, of results)"
+    _require(cfg.VIS_PERIOD == 0, "VIS_PERIOD", allowed, cfg.VIS_PERIOD)
 
 
 def check_training_config(cfg: CfgNode) -> None:
@@ -168,7 +170,6 @@ def _check_general(cfg: CfgNode) -> None:
         _require(mode in _COMPILE_MODES, f"{key}.COMPILE", f"one of {_COMPILE_MODES}", mode)
     allowed = "False: there is no test-time augmentation for dense detectors yet"
     _require(not cfg.TEST.AUG.ENABLED, "TEST.AUG.ENABLED", allowed, True)
-    _require(cfg.VIS_PERIOD >= 0, "VIS_PERIOD", ">= 0", cfg.VIS_PERIOD)
 
 
 def _floats(key: str, value: object) -> Iterator[tuple[str, float]]:

@@ -139,7 +139,7 @@ def build_gfl(*args) -> GFL:
 
 
 def make_input(boxes=((10.0, 8.0, 70.0, 60.0), (30.0, 20.0, 90.0, 50.0)), size=(64, 96)) -> dict:
-    """An image of random pixels, the same each time, with these boxes, of classes 0, 1, 2, 0, ..."""
+    """An image of random pixels, always the same, with boxes of classes 0, 1, 2, 0, ..."""
     gt = Instances(size)
     gt.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
     gt.gt_classes = torch.arange(len(boxes)) % 3

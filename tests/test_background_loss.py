@@ -1,4 +1,4 @@
-"""The loss of a map of background, and of the few logits with another target, against plain forms."""
+"""The loss of a map of background, and of the logits with another target, against plain forms."""
 
 from __future__ import annotations
 

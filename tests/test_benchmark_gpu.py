@@ -11,37 +11,47 @@ import torch
 from gfl_d2.deploy.precision import has_fast_bfloat16
 from scripts import ROOT, load_script
 
+benchmarking = load_script("benchmarks/benchmarking.py")
 gpu = load_script("benchmarks/benchmark_gpu.py")
 SMALL = gpu.Workload(size=(96, 128), batch=2, boxes=3, classes=7)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def test_everything_runs(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "gpu.json"
-    arguments = ["--device", "cpu", "--size", "64", "96", "--batch", "2", "--repeats", "2"]
-    arguments += ["--side", "64", "--json", str(path)]
-    monkeypatch.setattr("sys.argv", ["benchmark_gpu.py", *arguments])
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: None)
-    build = functools.partial(
-        gpu.build_gfl, config_file=str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
-    )
-    for name in ("build_gfl", "build_retinanet", "build_fcos"):  # all of them small
+def run_once(makers, *_, **__):
+    """In the place of many times: the clocks are those of the other benchmark, and tested there."""
+    for make in makers.values():
+        step = make()
+        gpu.prepare(step)
+        step()
+    return {name: {"peak_mib": None, **benchmarking.summarize([1.0])} for name in makers}, {}
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    config = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
+    build = functools.partial(gpu.build_gfl, config_file=config)
+    for name in ("build_gfl", "build_retinanet", "build_fcos"):
         monkeypatch.setattr(gpu, name, build)
-    gpu.make_weights.cache_clear()
+
+
+def test_everything_runs(monkeypatch, tmp_path, capsys, small_models):
+    path = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--size", "64", "96", "--batch", "2", "--json", str(path)]
+    monkeypatch.setattr("sys.argv", ["benchmark_gpu.py", *arguments])
+    monkeypatch.setattr(gpu, "measure", run_once)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: None)
     gpu.main()
-    gpu.make_weights.cache_clear()
     report = json.loads(path.read_text())
     # Not for a CPU. The others all ran.
     lower = (", float16", *(() if has_fast_bfloat16("cpu") else ("bfloat16",)))
     assert all(any(name in x for name in lower) for x in report["left_out"])
-    for title in ("Inference, batch 1, TF32", "Loss, batch 2, bfloat16", "Ceilings"):
+    for title in ("Inference, batch 1, TF32", "Loss, batch 2, bfloat16"):
         assert report[title]
     parts = report["Parts of training, batch 2, bfloat16"]
     assert list(parts) == ["ResNet", "ResNet and FPN", "head", "loss", "all, with optimizer"]
-    assert parts["head"]["floor of operations ms"] > 0
-    assert parts["all, with optimizer"]["floor of bytes ms"] > parts["head"]["floor of bytes ms"]
-    assert parts["loss"]["floor of operations ms"] == 0  # no convolution
+    assert parts["head"]["TFLOP/s"] > 0
+    assert parts["loss"]["TFLOP/s"] == 0  # no convolution
     printed = capsys.readouterr().out
     assert "RetinaNet" in printed
     assert "error of gradients" in printed
@@ -64,7 +74,7 @@ def test_what_fails_or_is_late_is_named(tmp_path, capsys):
     assert saved["two"] == {"x": 1.5}
 
 
-def test_check_of_inference_finds_errors(monkeypatch):
+def test_check_of_inference_finds_errors(monkeypatch, small_models):
     result = gpu.check_inference(SMALL)
     assert result["float32"]["error of logits"] == 0
     assert result["float32"]["detections found"] == 1
@@ -82,7 +92,7 @@ def test_check_of_inference_finds_errors(monkeypatch):
     assert result["bfloat16"]["error of logits"] < 0.1
 
 
-def test_check_of_training():
+def test_check_of_training(small_models):
     result = gpu.check_training(SMALL)
     assert result == {"error of losses": 0, "error of gradients": 0}
 
@@ -117,6 +127,3 @@ class TestGPU:
         monkeypatch.setattr(gpu.GFL, "forward_training", wait)
         with pytest.raises(RuntimeError, match="synchroniz"):
             gpu.check_synchronization(self.work)
-
-    def test_graph(self):
-        assert gpu.check_graph(self.work)["error of losses and gradients"] < 1e-5

@@ -228,7 +228,7 @@ def test_bad_values_name_their_key(key, value):
         ("SOLVER.WEIGHT_DECAY", float("nan")),
         ("INPUT.CROP.SIZE", [0.5, float("nan")]),
         ("TEST.AUG.ENABLED", True),
-        ("VIS_PERIOD", -1),
+        ("VIS_PERIOD", 20),
     ],
 )
 def test_other_bad_values_name_their_key(key, value):

@@ -59,6 +59,7 @@ def test_the_check_would_find_it():
 
 def test_a_step_without_values_leaves_nothing_behind():
     """The next real one is as if it had not been."""
+
     def losses():
         with EventStorage():
             return build_gfl().train()([make_input(), make_input([])])
