@@ -187,10 +187,9 @@ def _resolve_conflicts(matches: Matches, iou: Tensor, levels: Levels) -> Tensor:
     """
     is_positive = matches.is_positive
     places, num_places = [], 0
-    for i, (height, width) in enumerate(levels.shapes):
-        cell = (matches.image[:, None] * height + matches.row[:, i]) * width + matches.column[:, i]
-        places.append(cell + num_places)
-        num_places += len(levels.valid_sizes) * height * width
+    for i, shape in enumerate(levels.shapes):
+        places.append(matches.places(i, shape) + num_places)
+        num_places += len(levels.valid_sizes) * shape[0] * shape[1]
     place = torch.stack(places, dim=1)  # (M, L, k), one number for each location of the batch
     iou = torch.where(is_positive, iou, -1)
     best_iou = iou.new_full((num_places,), -1)

@@ -10,6 +10,8 @@ __all__ = ["background_loss", "background_terms"]
 
 # A logit whose loss as background is 0, and its gradient.
 _NO_LOSS_LOGIT = -1e4
+# Logits that are worked on at a time: what fits into the cache of a CPU. Few parts, for a GPU.
+_PART, _MAX_PARTS = 2**16, 32
 
 
 def background_terms(logits: Tensor, gamma: float) -> Tensor:
@@ -18,25 +20,27 @@ def background_terms(logits: Tensor, gamma: float) -> Tensor:
 
 
 def background_loss(
-    logits: Tensor, valid: Tensor, index: tuple[Tensor, ...], gamma: float
+    logits: Tensor, valid: Tensor, index: tuple[Tensor, Tensor], gamma: float
 ) -> tuple[Tensor, Tensor]:
     """
-    Focal loss without alpha, which is Quality Focal Loss too, of a map with a target of 0
-    everywhere: the sum of :func:`background_terms`. The gradient, in closed form, is computed with
-    it, so that one map is all it takes in memory.
+    Focal loss without alpha, which is Quality Focal Loss too, with a target of 0 everywhere: the
+    sum of :func:`background_terms`. The gradient, in closed form, is computed with it: it is all
+    that this takes in memory, and autograd would keep several times as much.
 
     The few logits whose target is another are returned, to be corrected for by plain functions.
-    Their gradient is added to the same map.
+    Their gradient is added to the same memory.
+
+    Shapes: R locations, C classes.
 
     Args:
-        logits: shape (N, C, H, W).
-        valid: shape (N, 1, H, W), bool. Where it is False there is neither loss nor gradient.
-        index: four tensors of shape (P,), int64: image, channel, row and column of some logits.
+        logits: shape (R, C).
+        valid: shape (R,), bool. Where it is False there is neither loss nor gradient.
+        index: two tensors of one shape, int64: location and class of some logits.
         gamma: exponent of the modulating factor, 0 or >= 1.
 
     Returns:
         loss (Tensor): a scalar, in float32 or better. It can be differentiated once.
-        picked (Tensor): shape (P,), the logits at ``index``, in float32 or better.
+        picked (Tensor): the logits at ``index``, in float32 or better.
     """
     return _BackgroundLoss.apply(logits, valid, gamma, *index)
 
@@ -44,24 +48,34 @@ def background_loss(
 class _BackgroundLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, valid, gamma, *index):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        grad = torch.empty_like(logits, dtype=dtype)
-        loss = grad.new_zeros(())
-        # Image by image, so that intermediate maps are small.
-        for x, is_valid, grad_x in zip(logits, valid, grad):
-            x = torch.where(is_valid, x.to(dtype), _NO_LOSS_LOGIT)
-            score, softplus = x.sigmoid(), F.softplus(x)
-            factor = score.pow(gamma)
-            loss += (factor * softplus).sum()
-            # d/dx score^gamma * softplus = score^gamma * (score + gamma * (1 - score) * softplus)
-            torch.mul(factor, torch.addcmul(score, 1 - score, softplus, value=gamma), out=grad_x)
-        ctx.save_for_backward(grad, *index)
-        ctx.dtype = logits.dtype
-        return loss, logits[index].to(dtype)
+        loss, ctx.grad = _loss_and_gradient(logits, valid, gamma)
+        ctx.gamma = gamma
+        ctx.save_for_backward(logits, valid, *index)
+        return loss, logits[index].to(loss.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, grad_picked):
-        grad, *index = ctx.saved_tensors
-        grad = (grad * grad_loss).index_put_(tuple(index), grad_picked, accumulate=True)
-        return grad.to(ctx.dtype), None, None, *(None for _ in index)
+        logits, valid, *index = ctx.saved_tensors
+        # The gradient is given away. It is computed again if it is asked for again.
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            _, grad = _loss_and_gradient(logits, valid, ctx.gamma)
+        grad.mul_(grad_loss).index_put_(tuple(index), grad_picked, accumulate=True)
+        return grad.to(logits.dtype), None, None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, valid: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    grad = torch.empty_like(logits, dtype=dtype)
+    loss = grad.new_zeros(())
+    num_rows = max(_PART, logits.numel() // _MAX_PARTS) // logits.shape[1] + 1
+    for x, is_valid, out in zip(*(y.split(num_rows) for y in (logits, valid[:, None], grad))):
+        x = torch.where(is_valid, x.to(dtype), _NO_LOSS_LOGIT)
+        score, softplus = x.sigmoid(), F.softplus(x)
+        factor = torch.pow(score, gamma, out=x)
+        loss += torch.mul(factor, softplus, out=out).sum()
+        # d/dx score^gamma * softplus = score^gamma * (score + gamma * (1 - score) * softplus)
+        softplus.addcmul_(score, softplus, value=-1)
+        torch.mul(factor, score.add_(softplus, alpha=gamma), out=out)
+    return loss, grad

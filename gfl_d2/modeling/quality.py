@@ -19,7 +19,7 @@ from .background_loss import background_loss, background_terms
 from .box_representation import BoxRepresentation
 from .losses import quality_focal_loss
 from .precision import full_precision
-from .structures import Levels, Predictions, Samples
+from .structures import Levels, Predictions, Samples, flatten_map
 
 __all__ = [
     "DistributionGuidedQuality",
@@ -125,13 +125,12 @@ class Quality(ABC):
             picked (Tensor): shape (P,), the logit of each sample's class.
             excess (Tensor): shape (P,), what of ``background`` is at the positives' logits.
         """
-        matches = samples.matches
-        classes = samples.classes.view_as(matches.row)
-        image = matches.image[:, None, None].expand_as(matches.row)
+        classes = samples.classes.view_as(samples.matches.row)
         total, picked = 0, []
         for i, maps in enumerate(logits):
-            index = (image[:, i], classes[:, i], matches.row[:, i], matches.column[:, i])
-            loss, at = background_loss(maps, levels.valid_mask(i), index, self.gamma)
+            index = samples.matches.places(i, maps.shape), classes[:, i]
+            valid = levels.valid_mask(i).flatten()
+            loss, at = background_loss(flatten_map(maps), valid, index, self.gamma)
             total, picked = total + loss, [*picked, at]
         picked = torch.stack(picked, dim=1).flatten()
         return total, picked, samples.mask(background_terms(picked, self.gamma))

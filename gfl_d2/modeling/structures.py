@@ -14,7 +14,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-__all__ = ["GroundTruth", "Levels", "Matches", "Predictions", "Samples"]
+__all__ = ["GroundTruth", "Levels", "Matches", "Predictions", "Samples", "flatten_map"]
 
 
 class Predictions(NamedTuple):
@@ -86,13 +86,31 @@ class Matches(NamedTuple):
     column: Tensor  # (M, L, k), int64
     is_positive: Tensor  # (M, L, k), bool
 
+    def places(self, level: int, shape: Sequence[int]) -> Tensor:
+        """
+        Args:
+            level: in [0, L).
+            shape: (..., Hi, Wi), of its maps.
+
+        Returns:
+            Tensor: shape (M, k), int64, the candidates' places in :func:`flatten_map` of the maps.
+        """
+        height, width = shape[-2:]
+        return (self.image[:, None] * height + self.row[:, level]) * width + self.column[:, level]
+
     def take(self, maps: Sequence[Tensor]) -> Tensor:
         """Values at the candidates: from L maps of shape (N, X, Hi, Wi) to (M, L, k, X)."""
-        values = [
-            level.permute(0, 2, 3, 1)[self.image[:, None], self.row[:, i], self.column[:, i]]
-            for i, level in enumerate(maps)
-        ]
+        values = []
+        for i, level in enumerate(maps):
+            places, rows = self.places(i, level.shape), flatten_map(level)
+            index = places.reshape(-1, 1).expand(-1, rows.shape[1])
+            values.append(rows.gather(0, index).unflatten(0, places.shape))
         return torch.stack(values, dim=1)
+
+
+def flatten_map(x: Tensor) -> Tensor:
+    """From shape (N, X, H, W) to (N * H * W, X). A view, if the memory format is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class Samples(NamedTuple):
