@@ -13,13 +13,13 @@ from .box_ops import distance_to_bbox
 from .box_representation import BoxRepresentation
 from .precision import full_precision
 from .quality import Quality
-from .structures import Levels, Predictions
+from .structures import Levels, Predictions, flatten_map
 
 __all__ = ["Candidates", "select_candidates", "suppress"]
 
 
 class Candidates(NamedTuple):
-    """What may be detected, level by level and by descending score. Score 0 marks padding."""
+    """What may be detected, in no order. Score 0 marks entries that may not."""
 
     boxes: Tensor  # (N, K, 4), XYXY in pixels, clipped to the image
     scores: Tensor  # (N, K)
@@ -50,24 +50,27 @@ def select_candidates(
     quality_logits = predictions.quality_logits or [None] * len(levels.shapes)
     parts = []
     for i, maps in enumerate(zip(predictions.class_logits, predictions.box_values, quality_logits)):
-        logits, values, q = (None if x is None else _rows(x) for x in maps)
+        num_images, num_classes, _, width = maps[0].shape
         # A pair among the topk best is at one of the topk locations whose best class is best.
-        best = quality.score_logits(logits.amax(dim=2, keepdim=True), q)[..., 0]
-        best = full_precision(best).masked_fill(~levels.valid_mask(i).flatten(1), -torch.inf)
-        best, location = best.topk(_at_most(topk, best.shape[1]), dim=1)  # (N, k)
-        logits, values, q = (None if x is None else _pick(x, location) for x in (logits, values, q))
-        logits = full_precision(quality.score_logits(logits, q))
-        logits = torch.where(best[..., None] > -torch.inf, logits, -torch.inf).flatten(1)
-        num_classes = maps[0].shape[1]
-        logits, pair = logits.topk(_at_most(topk, logits.shape[1]), dim=1)  # (N, K)
+        best = [None if x is None else x.amax(dim=1, keepdim=True) for x in (maps[0], maps[2])]
+        best = full_precision(quality.score_logits(*best))
+        best = best.masked_fill(~levels.valid_mask(i), -torch.inf).flatten(1)
+        num_locations = best.shape[1]
+        best, location = best.topk(_at_most(topk, num_locations), dim=1, sorted=False)  # (N, k)
+        first = torch.arange(num_images, device=best.device)[:, None] * num_locations
+        logits, values, q = (None if x is None else _take(x, location + first) for x in maps)
+        logits = full_precision(quality.score_logits(logits, q))  # (N, k, C)
+        # No class is better than the best, but in the padding.
+        logits = logits.minimum(best[..., None]).flatten(1)
+        logits, pair = logits.topk(_at_most(topk, logits.shape[1]), dim=1, sorted=False)  # (N, K)
         place = pair.div(num_classes, rounding_mode="floor")
 
-        width = levels.shapes[i][1]
         row = location.div(width, rounding_mode="floor")
         centers = torch.stack((location - row * width, row), dim=-1)
         centers = centers * levels.strides[i] + levels.first[i]
         boxes = distance_to_bbox(centers, box.decode(values) * levels.strides[i])
-        parts.append((_pick(boxes, place), logits.sigmoid(), pair - place * num_classes))
+        boxes = boxes.gather(1, place[..., None].expand(-1, -1, 4))
+        parts.append((boxes, logits.sigmoid(), pair - place * num_classes))
     boxes, scores, classes = (torch.cat(part, dim=1) for part in zip(*parts))
     limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
     boxes = boxes.clamp(min=0).minimum(limits)
@@ -112,14 +115,9 @@ def suppress(
     return results
 
 
-def _rows(maps: Tensor) -> Tensor:
-    """From shape (N, X, H, W) to (N, H * W, X)."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
-    """From shape (N, R, X), by indices of shape (N, K), to (N, K, X)."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+def _take(maps: Tensor, places: Tensor) -> Tensor:
+    """From shape (N, X, H, W), at places of shape (N, k) in the flattened map, to (N, k, X)."""
+    return flatten_map(maps).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _at_most(limit: int, size: int | Tensor) -> int | Tensor:
