@@ -359,13 +359,6 @@ def test_failure_to_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["out.pth"]
 
 
-def test_refusal_leaves_what_was_there(tmp_path):
-    (tmp_path / "out.pth").write_bytes(b"before")
-    torch.save({"state_dict": without(WEIGHTS, "gfl_cls")}, tmp_path / "in.pth")
-    assert "bbox_head.gfl_cls.weight" in is_refused(tmp_path / "in.pth")
-    assert (tmp_path / "out.pth").read_bytes() == b"before"
-
-
 def test_old_versions_of_pytorch_read_plain_files(tmp_path, monkeypatch):
     torch.save({"state_dict": detector(), "meta": {"epoch": 1}}, tmp_path / "there.pth")
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")

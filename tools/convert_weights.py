@@ -55,6 +55,8 @@ def convert(args: argparse.Namespace) -> None:
     needed = conversion.needed
     if cfg is not None:
         fitting = {args.config_file: check_config(needed, cfg, args.config_file)}
+    elif args.to == "mmdet":
+        fitting = {}
     else:
         fitting = find_configs(needed, CONFIGS.glob("gfl_*.yaml"))
     write_checkpoint(conversion.content, args.output)

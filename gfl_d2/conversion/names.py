@@ -81,7 +81,8 @@ class Source:
         self.weights = weights
         self.is_ours = is_ours
         self.is_res2net = any(".convs." in name for name in weights)
-        self.has_prefix = any(name.startswith("backbone.") for name in weights)
+        prefixes = ("backbone.", "neck.", "bbox_head.")
+        self.has_prefix = any(name.startswith(prefixes) for name in weights)
 
     def names(self, here: str) -> list[str]:
         """The names that the file may have for a parameter."""
