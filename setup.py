@@ -32,7 +32,7 @@ setup(
     # as a matching pair that pip cannot choose. An installed Detectron2 has all three.
     install_requires=["fvcore", "numpy", "opencv-python", "pycocotools"],
     extras_require={
-        "dev": ["hypothesis", "pytest", "ruff"],
+        "dev": ["hypothesis", "import-linter", "pytest", "ruff"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
     },
     classifiers=[

@@ -53,7 +53,7 @@ VARIED = {
 
 
 def list_subjects(args: argparse.Namespace, work: Workload) -> dict[str, Callable[[], Step]]:
-    """What makes the step of each, in each precision."""
+    """Functions that make the step of each model in each precision, by the name in the table."""
     inputs = make_inputs(work)
     if args.mode == "assign":
         steps = assign_steps(build_gfl(work, args.config_file), inputs)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """
-Everything there is to measure on a GPU, in one run of less than ten minutes.
+All measurements on a GPU, in one run of less than ten minutes.
 
     python benchmarks/benchmark_gpu.py --json gpu.json
 
 First whether results are those of a CPU, and whether the loss waits for the GPU. Then inference and
 training of GFL, RetinaNet and FCOS side by side, the loss alone, where the time goes, and last what
-torch.compile brings. Results are written after each part. What does not fit into ``--limit`` is
-left out, and named, as is what fails.
+torch.compile brings. Results are written after each part. Parts that fail or do not fit into
+``--limit`` are left out and named.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def make_weights(classes: int) -> dict[str, Tensor]:
 
 
 def make_mixed_inputs(work: Workload) -> list[dict]:
-    """Images of which the first is the largest, so that the others have padding."""
+    """The first image is the largest, so that the others have padding."""
     inputs = make_inputs(work)
     height, width = work.size
     size = (height * 3 // 4, width * 2 // 3)
@@ -105,7 +105,7 @@ def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def fraction_found(detections: Instances, expected: Instances) -> float:
-    """Of the expected detections: the same class, IoU > 0.98, score within 1%."""
+    """How many of the expected detections are there: same class, IoU > 0.98, score within 1%."""
     iou = pairwise_iou(expected.pred_boxes, detections.pred_boxes)
     is_found = (iou > 0.98) & (expected.pred_classes[:, None] == detections.pred_classes)
     is_found &= (detections.scores / expected.scores[:, None] - 1).abs() < 0.01
@@ -114,7 +114,7 @@ def fraction_found(detections: Instances, expected: Instances) -> float:
 
 @torch.no_grad()
 def check_inference(work: Workload) -> dict[str, dict[str, float]]:
-    """In each precision, against float32 on the CPU."""
+    """Predictions and detections in each precision, against float32 on the CPU."""
     weights, inputs = make_weights(work.classes), make_mixed_inputs(work)
 
     def run(work):
@@ -160,7 +160,7 @@ def check_training(work: Workload) -> dict[str, float]:
 
 
 def check_synchronization(work: Workload) -> dict[str, int]:
-    """That nothing between the head's outputs and their gradients waits for the GPU."""
+    """Fails if anything between the head's outputs and their gradients waits for the GPU."""
     model = build_gfl(work, weights=make_weights(work.classes))
     compute = MODES["loss"](model, make_mixed_inputs(work), work)
     compute()
@@ -266,7 +266,7 @@ def break_down_training(work: Workload) -> dict[str, dict]:
 
 
 class Report:
-    """What has been measured, printed and written at once."""
+    """Prints and writes what has been measured, part by part."""
 
     def __init__(self, machine: dict[str, str], path: Path | None, limit: float):
         self.path = path

@@ -35,13 +35,16 @@ GFL_CONFIG = str(ROOT / "configs" / "gfl_R_50_FPN_1x.yaml")
 RETINANET = "model_zoo/configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-# What is timed. What has to be done before each time is in an attribute ``prepare``, if anything.
+# An iteration in which GFL logs no diagnostics: it does in every twentieth, and reads values then.
+NO_LOGGING = 1
+
+# What is timed. It may have an attribute ``prepare``, a function to call before each time.
 Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What models have to do."""
+    """Images, boxes and precision that a model is timed with."""
 
     device: str = "cpu"
     size: tuple[int, int] = (480, 640)  # height and width of the images
@@ -61,7 +64,7 @@ class Workload:
         return torch.autocast(torch.device(self.device).type, self.dtype)
 
     def autocast_of(self, model: nn.Module) -> AbstractContextManager:
-        """For a model at inference: nothing, if its weights are in lower precision already."""
+        """For a model at inference: none if its weights are in lower precision already."""
         is_low = next(model.head.parameters()).dtype != torch.float32
         return nullcontext() if is_low else self.autocast()
 
@@ -79,12 +82,12 @@ def build_gfl(
     opts: Sequence = (),
 ) -> DenseDetector:
     """
-    As ``train_net.py`` has it: to train or, in the precision of ``work``, for --eval-only.
+    The model that ``train_net.py`` trains or, with --eval-only, evaluates.
 
     Args:
-        work: for which the model is.
+        work: gives device, classes and the precision of evaluation.
         config_file: of the model.
-        is_training: whether it is to be trained.
+        is_training: True for the model that is trained.
         weights: a state dict; random by default.
         compile_mode: of :func:`torch.compile`; "" for not at all.
         opts: more keys and values of the config.
@@ -232,7 +235,7 @@ def train_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step
 
     def step():
         optimizer.zero_grad()
-        with EventStorage(), work.autocast():
+        with EventStorage(NO_LOGGING), work.autocast():
             loss = sum(model(inputs).values())
         if scaler is None:
             loss.backward()
@@ -256,7 +259,7 @@ def loss_step(model: DenseDetector, inputs: list[dict], work: Workload) -> Step:
     gt_instances = [x["instances"] for x in inputs]
 
     def step():
-        with EventStorage(), work.autocast():
+        with EventStorage(NO_LOGGING), work.autocast():
             losses = model.forward_training(images, features, predictions, gt_instances)
         for x in maps:
             x.grad = None
@@ -332,12 +335,13 @@ def measure(
     makers: dict[str, Callable[[], Step]], device: str, repeats: int, warmup: int
 ) -> tuple[dict[str, dict[str, float | list[float] | None]], dict[str, str]]:
     """
-    Times and memory of those steps that can be made, and run. Not every model has every precision.
+    Times and memory. A step that cannot be made or run is left out: not every model has every
+    precision.
 
     Returns:
-        results (dict): of each step ``median_ms``, ``q1_ms``, ``q3_ms``, ``times_ms`` and
-            ``peak_mib``.
-        failures (dict): of each other why there are none.
+        results (dict): ``median_ms``, ``q1_ms``, ``q3_ms``, ``times_ms`` and ``peak_mib`` of each
+            step.
+        failures (dict): why each other step was left out.
     """
     steps, failures = {}, {}
     for name, make in makers.items():
@@ -388,7 +392,7 @@ def prepare(step: Step) -> None:
 
 
 def measure_memory(step: Step, device: str) -> float | None:
-    """Peak of what one run needs beyond what is there before, in MiB; None if it cannot be told."""
+    """Peak memory of one run beyond what is in use before it, in MiB. None if it is not known."""
     prepare(step)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
