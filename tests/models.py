@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
 from gfl_d2 import load_config
 from gfl_d2.modeling import (
@@ -61,6 +62,40 @@ class GivenFeatures(Backbone):
 
     def forward(self, x):
         return dict(zip(NAMES, self.features))
+
+
+class TinyBackbone(Backbone):
+    """P3 to P7 by one convolution each: what is tested comes after it."""
+
+    size_divisibility = 32
+
+    def __init__(self, channels: int = 32):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(3, channels, kernel_size=8, stride=8),
+                *(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(4)),
+            ]
+        )
+
+    def output_shape(self):
+        channels = self.convs[0].out_channels
+        return {n: ShapeSpec(channels=channels, stride=s) for n, s in zip(NAMES, STRIDES)}
+
+    def forward(self, x):
+        features = {}
+        for name, conv in zip(NAMES, self.convs):
+            features[name] = x = conv(x)
+        return features
+
+
+@BACKBONE_REGISTRY.register()
+def build_tiny_backbone(cfg, input_shape: ShapeSpec) -> TinyBackbone:
+    return TinyBackbone()
+
+
+# Options of :func:`build_gfl` for a whole ResNet and FPN, small ones.
+WITH_RESNET = ("MODEL.BACKBONE.NAME", "build_gfl_resnet_fpn_backbone")
 
 
 def gfl_on_features(
@@ -124,7 +159,8 @@ def small_config(
     return load_config(
         str(config),
         [
-            *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+            *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "build_tiny_backbone"),
+            *("MODEL.RESNETS.ZERO_INIT_RESIDUAL", False, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
             *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.GFL.CONV_DIM", 64, "MODEL.GFL.NUM_CONVS", 1),
             *("MODEL.GFL.QUALITY", quality, "MODEL.GFL.BOX_REPRESENTATION", box),
             *("MODEL.GFL.ASSIGNER", assigner, *opts),

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from gfl_d2.errors import InputError
 from gfl_d2.modeling import ATSSAssigner, BoxRepresentation, JointQuality
 from gfl_d2.registry import ASSIGNER_REGISTRY, BOX_REPRESENTATION_REGISTRY, QUALITY_REGISTRY
-from models import build_gfl, make_input
+from models import WITH_RESNET, build_gfl, make_input
 
 
 @QUALITY_REGISTRY.register("toy_quality")
@@ -54,7 +54,7 @@ class NearestAssigner(ATSSAssigner):
 
 
 def test_registered_choices_train():
-    model = build_gfl("toy_quality", "toy_box", "toy_assigner").train()
+    model = build_gfl("toy_quality", "toy_box", "toy_assigner", *WITH_RESNET).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     totals = []
     for iteration in range(12):

@@ -55,7 +55,7 @@ class NoQuality(Quality):
             background (Tensor): a scalar, the loss of everything else.
             positives (Tensor): shape (P,), the loss of each positive's own class.
         """
-        whole, picked, excess = self._split_loss(predictions.class_logits, levels, samples)
+        whole, picked, excess = self.split_loss(predictions.class_logits, levels, samples)
         loss = sigmoid_focal_loss(
             picked, torch.ones_like(picked), alpha=self.alpha, gamma=self.gamma
         )

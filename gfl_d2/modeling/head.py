@@ -64,7 +64,7 @@ class GFLHead(nn.Module):
         self.cls_score = nn.Conv2d(dims[-1], num_classes, kernel_size=3, padding=1)
         self.bbox_pred = nn.Conv2d(dims[-1], 4 * box.num_values, kernel_size=3, padding=1)
         self.quality_pred = quality.build_predictor(dims[-1], box)
-        # One factor per level, on the box predictions.
+        # One factor per level, on the box values.
         self.scales = nn.Parameter(torch.ones(len(input_shape)))
 
         for module in self.modules():
@@ -93,11 +93,11 @@ class GFLHead(nn.Module):
             features: one tensor of shape (N, channels, Hi, Wi) per level.
 
         Returns:
-            logits (list[Tensor]): per level, shape (N, C, Hi, Wi).
-            boxes (list[Tensor]): per level, shape (N, 4 * V, Hi, Wi); the V numbers of left come
-                first, then top, right, bottom.
-            quality (list[Tensor]): per level, shape (N, 1, Hi, Wi), logits. Only where
-                ``quality`` has a predictor.
+            class_logits (list[Tensor]): per level, shape (N, C, Hi, Wi).
+            box_values (list[Tensor]): per level, shape (N, 4 * V, Hi, Wi); the V numbers of left
+                come first, then top, right, bottom.
+            quality_logits (list[Tensor]): per level, shape (N, 1, Hi, Wi). Only where ``quality``
+                has a predictor.
 
         Raises:
             ValueError: another number of levels than the head was built for.
@@ -108,12 +108,12 @@ class GFLHead(nn.Module):
         return tuple(list(maps) for maps in zip(*predictions))
 
     def _forward_level(self, feature: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        logits = self.cls_score(self.cls_subnet(feature))
+        class_logits = self.cls_score(self.cls_subnet(feature))
         bbox_feature = self.bbox_subnet(feature)
-        boxes = self.bbox_pred(bbox_feature) * scale
+        box_values = self.bbox_pred(bbox_feature) * scale
         if self.quality_pred is None:
-            return logits, boxes
-        return logits, boxes, self.quality_pred(bbox_feature, boxes)
+            return class_logits, box_values
+        return class_logits, box_values, self.quality_pred(bbox_feature, box_values)
 
 
 def _tower(dims: list[int], norm: str) -> nn.Sequential:

@@ -111,7 +111,7 @@ class Quality(ABC):
             samples that are not positive do not matter.
         """
 
-    def _split_loss(
+    def split_loss(
         self, logits: list[Tensor], levels: Levels, samples: Samples
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -159,7 +159,7 @@ class JointQuality(Quality):
         return self._qfl(predictions.class_logits, levels, samples)
 
     def _qfl(self, logits: list[Tensor], levels: Levels, samples: Samples) -> dict[str, Tensor]:
-        background, picked, excess = self._split_loss(logits, levels, samples)
+        background, picked, excess = self.split_loss(logits, levels, samples)
         # Of one class, which is the labelled one.
         labels = torch.zeros_like(samples.classes)
         positives = quality_focal_loss(picked[:, None], labels, samples.iou, self.beta)[:, 0]
