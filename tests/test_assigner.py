@@ -22,16 +22,19 @@ from plain_assigner import dense, plain_atss
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def make_levels(height, width, valid=None, offset: float = 0.0) -> Levels:
+def make_levels(
+    height, width, valid=None, offset: float = 0.0, strides: tuple[int, ...] = STRIDES
+) -> Levels:
     """Of one image, of which ``valid`` (height, width) is not padding."""
-    shapes = [(-(-height // s), -(-width // s)) for s in STRIDES]
-    return LocationGrid(STRIDES, offset=offset)(shapes, torch.tensor([valid or (height, width)]))
+    shapes = [(-(-height // s), -(-width // s)) for s in strides]
+    return LocationGrid(strides, offset=offset)(shapes, torch.tensor([valid or (height, width)]))
 
 
 def make_anchors(levels: Levels, offset: float = 0.0) -> list[Boxes]:
     """As Detectron2 has them."""
+    strides = levels.strides.tolist()
     generator = DefaultAnchorGenerator(
-        sizes=[[8 * s] for s in STRIDES], aspect_ratios=[1.0], strides=STRIDES, offset=offset
+        sizes=[[8 * s] for s in strides], aspect_ratios=[1.0], strides=strides, offset=offset
     )
     return generator([torch.zeros(1, 1, *shape) for shape in levels.shapes])
 
@@ -96,13 +99,14 @@ scenes = {
     "padding": st.tuples(st.integers(0, 100), st.integers(0, 100)),
     "topk": st.sampled_from([1, 2, 5, 9, 30]),
     "offset": st.sampled_from([0.0, 0.5]),
+    "strides": st.sampled_from([STRIDES, (12, 24, 48), (10, 20, 40, 80), (14, 28)]),
     "make": st.sampled_from([random_gt, whole_gt]),
 }
 
 
-def make_scene(seed, count, size, padding, offset, make):
+def make_scene(seed, count, size, padding, offset, strides, make):
     batch_size = [side + more for side, more in zip(size, padding)]
-    levels = make_levels(*batch_size, valid=size, offset=offset)
+    levels = make_levels(*batch_size, valid=size, offset=offset, strides=strides)
     return levels, make_anchors(levels, offset), make(count, *size, seed)
 
 

@@ -103,6 +103,8 @@ def test_gradient_can_be_taken_twice():
     """Of the same graph: what is kept for it is not used up."""
     logits, valid, index = random_case(0, (60, 4), 8, 0.3)
     logits.requires_grad_()
-    loss = sum(x.sum() for x in background_loss(logits, valid, index, 2.0))
-    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
+    loss, picked = background_loss(logits, valid, index, 2.0)
+    for factor in (0.5, 2.0):
+        (grad,) = torch.autograd.grad(factor * loss + picked.sum(), logits, retain_graph=True)
+        exact = factor * plain(logits, valid, 2.0) + logits[index].sum()
+        assert_close(grad, torch.autograd.grad(exact, logits)[0])

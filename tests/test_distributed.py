@@ -15,10 +15,12 @@ from reference_data import assert_close_to_largest
 
 SIZE = (128, 192)
 BOXES = [[10.3, 20.2, 80.1, 90.7], [60.0, 5.0, 188.0, 120.0], [100.5, 30.5, 140.2, 77.0]]
+# The boxes of the two images: one has none, or both have some.
+BATCHES = [[BOXES, []], [BOXES[:1], BOXES[1:]]]
 
 
-def train(choices, images, wrap=lambda model: model):
-    """Losses, gradients and parameters after a step on these images: 0 has boxes, 1 has none."""
+def train(choices, boxes, images, wrap=lambda model: model):
+    """Losses, gradients and parameters after a step on these images, 0 or 1 or both."""
     torch.manual_seed(0)
     features = [torch.randn(2, 32, -(-SIZE[0] // s), -(-SIZE[1] // s)) for s in STRIDES]
     model = gfl_of_choices([x[images] for x in features], *choices).train()
@@ -26,7 +28,7 @@ def train(choices, images, wrap=lambda model: model):
     torch.nn.init.zeros_(model.head.cls_score.bias)
     inputs = []
     for image in images:
-        gt = Instances(SIZE, gt_boxes=Boxes(torch.tensor([BOXES, []][image]).reshape(-1, 4)))
+        gt = Instances(SIZE, gt_boxes=Boxes(torch.tensor(boxes[image]).reshape(-1, 4)))
         gt.gt_classes = torch.arange(len(gt.gt_boxes))
         inputs.append({"image": torch.zeros(3, *SIZE), "instances": gt})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -45,7 +47,11 @@ def train_all(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    results = {choices: train(choices, [rank], DistributedDataParallel) for choices in CHOICES}
+    results = {
+        (choices, i): train(choices, boxes, [rank], DistributedDataParallel)
+        for choices in CHOICES
+        for i, boxes in enumerate(BATCHES)
+    }
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -57,15 +63,16 @@ def of_two_processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+@pytest.mark.parametrize("number", range(len(BATCHES)))
 @pytest.mark.parametrize("choices", CHOICES)
-def test_two_processes_are_one_batch_of_two(of_two_processes, choices):
+def test_two_processes_are_one_batch_of_two(of_two_processes, choices, number):
     """
     Normalizers are means over processes, so the mean of the losses, and the gradients that
     DistributedDataParallel averages, are those of the whole batch.
     """
-    losses, gradients, _ = train(choices, [0, 1])
+    losses, gradients, _ = train(choices, BATCHES[number], [0, 1])
     (losses_0, gradients_0, parameters_0), (losses_1, gradients_1, parameters_1) = (
-        result[choices] for result in of_two_processes
+        result[choices, number] for result in of_two_processes
     )
     for name, loss in losses.items():
         assert_close((losses_0[name] + losses_1[name]) / 2, loss)

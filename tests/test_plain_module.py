@@ -61,10 +61,13 @@ COPIES = {
 }
 
 
+@pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("choices", COMBINATIONS)
-def test_a_copy_is_equal_and_has_weights_of_its_own(choices):
+def test_a_copy_is_equal_and_has_weights_of_its_own(choices, in_bfloat16):
     model = build(*choices)
-    losses(model)  # a model in use
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+        sum(losses(model).values()).backward()  # a model in use
+    model.zero_grad(set_to_none=True)
     before = detect(model.eval())
     assert len(before[0][1]) > 0
     copies = {name: copy_model(model).eval() for name, copy_model in COPIES.items()}

@@ -68,7 +68,6 @@ def make_samples(predictions: Predictions, num_positives: int = 4, seed: int = 0
         is_positive=is_positive.flatten(),
         image=matches.image.repeat_interleave(2),
         classes=labels.repeat_interleave(2),
-        best_logits=matches.take(predictions.class_logits).detach().amax(dim=-1).flatten(),
         quality_logits=matches.take(predictions.quality_logits).flatten(),
         box_values=distances,
         boxes=distances,
@@ -198,7 +197,7 @@ class TestJointQuality:
                     expected += abs(y - p) ** beta * bce * bool(VALID[i, j])
         assert float(losses["loss_qfl"]) == pytest.approx(3 * expected, rel=1e-12)
         best = positives(samples, predictions.class_logits).sigmoid().amax(dim=1)
-        assert_close(quality.box_weights(samples)[samples.is_positive], best)
+        assert_close(quality.box_weights(predictions, samples)[samples.is_positive], best)
 
 
 class TestDistributionGuidedQuality:
@@ -215,7 +214,7 @@ class TestDistributionGuidedQuality:
         assert_close(losses["loss_qfl"], loss[VALID].sum())
         best = positives(samples, predictions.class_logits).sigmoid().amax(dim=1)
         best = best * positives(samples, predictions.quality_logits)[:, 0].sigmoid()
-        assert_close(quality.box_weights(samples)[samples.is_positive], best)
+        assert_close(quality.box_weights(predictions, samples)[samples.is_positive], best)
 
     def test_statistics(self):
         distributions = torch.randn(2, 4 * 6, 3, 5, dtype=torch.float64)
@@ -268,7 +267,7 @@ class TestNoQuality:
         losses = quality.losses(predictions, LEVELS, samples)
         expected = 2 * focal_loss(predictions.class_logits, samples, alpha).sum()
         assert float(losses["loss_cls"]) == pytest.approx(expected)
-        assert (quality.box_weights(samples) == 1).all()
+        assert (quality.box_weights(predictions, samples) == 1).all()
 
     def test_without_alpha(self):
         """A negative alpha weighs nothing: twice the loss of alpha 1/2."""
@@ -301,7 +300,7 @@ class TestQualityBranch:
         p = positives(samples, predictions.quality_logits)[:, 0].sigmoid()
         y = target(samples)[samples.is_positive]
         assert_close(losses[f"loss_{name}"], -(y * p.log() + (1 - y) * (1 - p).log()).sum())
-        assert torch.equal(branch.box_weights(samples), target(samples))
+        assert torch.equal(branch.box_weights(predictions, samples), target(samples))
 
     def test_only_positives_teach_the_branch(self):
         quality = [maps.requires_grad_() for maps in make_logits(1)]
@@ -326,7 +325,7 @@ class TestQualityGuided:
         samples = make_samples(predictions)
         loss = CenternessGuided().losses(predictions, LEVELS, samples)["loss_cls"]
         assert float(loss.detach()) == pytest.approx(focal_loss(logits, samples).sum())
-        assert (CenternessGuided().box_weights(samples) == 1).all()
+        assert (CenternessGuided().box_weights(predictions, samples) == 1).all()
 
         # The weight of a positive is the factor of its gradient, in all classes.
         guided = torch.autograd.grad(loss, logits)
@@ -358,6 +357,8 @@ CHOICES = [
     DistributionGuidedQuality(),
     NoQuality(),
     CenternessBranch(),
+    IoUBranch(),
+    CenternessGuided(),
     IoUGuided(),
 ]
 
@@ -370,7 +371,9 @@ def losses_and_gradients(quality, logits, predicted, num_positives=4, **changes)
     samples = make_samples(predictions, num_positives)
     if quality.build_predictor(8, GeneralDistribution()) is None:
         samples = samples._replace(quality_logits=None)
-    samples = samples._replace(**{name: change(samples) for name, change in changes.items()})
+        changes.pop("quality_logits", None)
+    for name, change in changes.items():
+        samples = samples._replace(**{name: change(getattr(samples, name), samples.is_positive)})
     losses = quality.losses(predictions, LEVELS, samples)
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
@@ -388,29 +391,39 @@ def test_no_positive(quality):
 
 @pytest.mark.parametrize("quality", CHOICES)
 def test_candidates_that_are_not_positive_do_not_matter(quality):
-    """Whatever their targets are."""
+    """Whatever their targets and predictions are."""
 
-    def change(samples):
-        return torch.where(samples.is_positive, samples.iou, 0.123)
+    def change(values, is_positive):
+        is_positive = is_positive.view(-1, *[1] * (values.ndim - 1))
+        return torch.where(is_positive, values, torch.ones_like(values))
 
+    names = ("iou", "gt_distances", "classes", "quality_logits")
     results = [
         losses_and_gradients(quality, make_logits(), make_logits(1), **changes)
-        for changes in ({}, {"iou": change})
+        for changes in ({}, dict.fromkeys(names, change))
     ]
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
 @pytest.mark.parametrize("quality", CHOICES)
-def test_infinite_logits_in_the_padding_do_not_matter(quality):
+def test_infinite_logits_in_the_padding_do_not_matter(quality, value):
     results = []
-    for value in (0.0, math.inf):
+    for in_padding in (0.0, value):
         logits, predicted = (make_logits(n) for n in (C, 1))
         for maps in (logits, predicted):
-            maps[1][1, :, :, 2] = value
-        losses, grads, _ = losses_and_gradients(quality, logits, predicted)
-        results.append((losses, grads))
+            maps[1][1, :, :, 2] = in_padding
+        results.append(losses_and_gradients(quality, logits, predicted))
     assert_close(results[1], results[0])
     assert (results[1][1][1][1, :, :, 2] == 0).all()
+
+
+def test_targets_and_weights_have_no_gradient():
+    """Of QFL and the box losses: the quality is what it is."""
+    predictions = make_predictions([maps.requires_grad_() for maps in make_logits()])
+    samples = make_samples(predictions)
+    for quality in CHOICES:
+        assert not quality.box_weights(predictions, samples).requires_grad
 
 
 def test_every_choice_has_a_name():

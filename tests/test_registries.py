@@ -57,12 +57,12 @@ def test_registered_choices_train():
     model = build_gfl("toy_quality", "toy_box", "toy_assigner", *WITH_RESNET).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     totals = []
-    for iteration in range(12):
+    for iteration in range(19, 31):
         with EventStorage(iteration) as storage:
             losses = model([make_input(), make_input([])])
         assert set(losses) == {"loss_toy", "loss_bbox", "loss_distance"}
         totals.append(float(sum(losses.values()).detach()))
-        if iteration == 0:
+        if iteration == 19:
             assert storage.latest()["gfl/num_pos_per_image"][0] == 2 * 5 / 2
         optimizer.zero_grad()
         sum(losses.values()).backward()

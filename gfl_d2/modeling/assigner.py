@@ -33,7 +33,7 @@ class ATSSAssigner(nn.Module):
     3. candidates with IoU >= threshold whose centre is inside the box are positive.
 
     An anchor that is positive for several boxes goes to the one of highest IoU, the first of
-    equals. A box may get no anchor. Padding takes no part.
+    equals. A box may get no anchor. Anchors in the padding are never assigned.
 
     Anchors lie on regular grids, so the nearest are known from arithmetic. Time and memory grow
     with the number of boxes, not with boxes times anchors. No shape depends on a value.
@@ -95,13 +95,13 @@ class ATSSAssigner(nn.Module):
         # A map may be smaller than what is valid of it, where a backbone rounds down.
         shapes = torch.tensor(levels.shapes).to(gt.boxes.device, non_blocking=True)
         limits = torch.minimum(levels.valid_sizes, shapes).flip(-1)[gt.image]  # (M, L, 2)
-        # Positions are in cells. One relative to its nearest cell is exact: ties are ties.
-        center = (gt.boxes[:, None, :2] + gt.boxes[:, None, 2:]) / 2
-        position = (center - levels.first[:, None]) / levels.strides[:, None]
-        nearest = (position - 0.5).ceil().clamp(min=0).minimum(limits - 1)  # of two, the first
+        strides = levels.strides[:, None]
+        center = (gt.boxes[:, None, :2] + gt.boxes[:, None, 2:]) / 2 - levels.first[:, None]
+        nearest = (center / strides - 0.5).ceil().clamp(min=0).minimum(limits - 1)
         cells = nearest[:, :, None] + self.offsets  # (M, L, O, 2)
         is_outside = ((cells < 0) | (cells >= limits[:, :, None])).any(dim=-1)
-        away = self.offsets - (position - nearest)[:, :, None]
+        # In pixels, and from the nearest cell: so small numbers are exact, and ties are ties.
+        away = self.offsets * strides[..., None] - (center - nearest * strides)[:, :, None]
         distance = away.square().sum(dim=-1).masked_fill_(is_outside, torch.inf)
         distance, order = distance.sort(dim=-1, stable=True)
         is_candidate = distance[..., : self.topk].isfinite()
@@ -117,7 +117,7 @@ class ATSSAssigner(nn.Module):
         predict: Callable[[Matches], Tensor] | None,
     ) -> list[Tensor]:
         """
-        The measures, each of shape (M, L, k), whose sum candidates are chosen by.
+        The measures, each of shape (M, L, k). Positives are chosen by their sum.
 
         Args:
             centers: shape (M, L, k, 2), of the candidates.

@@ -24,8 +24,8 @@ def background_loss(
 ) -> tuple[Tensor, Tensor]:
     """
     Focal loss without alpha, which is Quality Focal Loss too, with a target of 0 everywhere: the
-    sum of :func:`background_terms`. The gradient, in closed form, is computed with it: it is all
-    that this takes in memory, and autograd would keep several times as much.
+    sum of :func:`background_terms`. The gradient, in closed form, is computed with it. Only the
+    gradient is kept: autograd would keep several times as much.
 
     The few logits whose target is another are returned, to be corrected for by plain functions.
     Their gradient is added to the same memory.

@@ -34,21 +34,23 @@ def collect_samples(
         Samples: the predictions at the candidates, with their targets. Gradients flow through
         ``box_values``, ``boxes`` and ``quality_logits`` only.
     """
-    box_values = matches.take(predictions.box_values)
+    # 0 where nothing is positive: a prediction that overflows there must not reach the gradients.
+    is_positive = matches.is_positive[..., None]
+    box_values = torch.where(is_positive, matches.take(predictions.box_values), 0)
     strides = levels.strides[:, None, None]
     centers = levels.centers(matches.row, matches.column) / strides
     boxes = distance_to_bbox(centers, box.decode(box_values))
     gt_boxes = (gt.boxes[:, None, None] / strides).expand_as(boxes)
     quality_logits = None
     if predictions.quality_logits is not None:
-        quality_logits = matches.take(predictions.quality_logits).flatten()
+        quality_logits = matches.take(predictions.quality_logits)
+        quality_logits = torch.where(is_positive, quality_logits, 0).flatten()
     shape = matches.is_positive.shape
     return Samples(
         matches=matches,
         is_positive=matches.is_positive.flatten(),
         image=gt.image[:, None, None].expand(shape).flatten(),
         classes=gt.classes[:, None, None].expand(shape).flatten(),
-        best_logits=matches.take([x.detach() for x in predictions.class_logits]).amax(-1).flatten(),
         quality_logits=quality_logits,
         box_values=box_values.flatten(0, 2),
         boxes=boxes.flatten(0, 2),
@@ -95,7 +97,7 @@ class GFLCriterion(nn.Module):
         """
         Args:
             predictions: of the head.
-            levels: where they are, and what is padding.
+            levels: where they are, and which of them are padding.
             samples: see :func:`collect_samples`.
 
         Returns:
@@ -108,7 +110,7 @@ class GFLCriterion(nn.Module):
             "loss_bbox": self.bbox_weight * giou_loss(samples.boxes, samples.gt_boxes),
             **self.box.losses(samples.box_values, samples.gt_distances),
         }
-        weights = samples.mask(self.quality.box_weights(samples))
+        weights = samples.mask(self.quality.box_weights(predictions, samples))
         # An image without positives counts as if it had one.
         num_images = len(predictions.class_logits[0])
         num_pos = count_positives(samples, num_images).to(weights).clamp(min=1).sum()

@@ -61,7 +61,7 @@ class NoQuality(Quality):
         )
         return self.negative_weight * (whole - excess.sum()), samples.mask(loss)
 
-    def box_weights(self, samples):
+    def box_weights(self, predictions, samples):
         return torch.ones_like(samples.iou)
 
 
@@ -84,9 +84,9 @@ class _QualityBranch(NoQuality):
         return _BranchPredictor(channels, 1, kernel_size=3, padding=1)
 
     def losses(self, predictions, levels, samples):
-        loss = F.binary_cross_entropy_with_logits(
-            full_precision(samples.quality_logits), self.box_weights(samples), reduction="none"
-        )
+        logits = full_precision(samples.quality_logits)
+        target = self.box_weights(predictions, samples).to(logits)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return {
             **super().losses(predictions, levels, samples),
             f"loss_{self.name}": self.quality_weight * samples.mask(loss).sum(),
@@ -104,7 +104,7 @@ class CenternessBranch(_QualityBranch):
 
     name = "centerness"
 
-    def box_weights(self, samples):
+    def box_weights(self, predictions, samples):
         return centerness(samples.gt_distances)
 
 
@@ -114,7 +114,7 @@ class IoUBranch(_QualityBranch):
 
     name = "iou"
 
-    def box_weights(self, samples):
+    def box_weights(self, predictions, samples):
         return samples.iou
 
 
@@ -122,15 +122,15 @@ class _QualityGuided(NoQuality):
     """
     No prediction of the quality: it weighs the classification loss of a positive, so that
     well-localized positives score higher. Weights are ``quality^1.5``, scaled to leave the
-    positives' total loss as it is (Wu et al., "IoU-balanced Loss Functions for Single-stage Object
-    Detection", eq. 1 and 2).
+    positives' total loss over all processes as it is (Wu et al., "IoU-balanced Loss Functions for
+    Single-stage Object Detection", eq. 1 and 2).
     """
 
     eta: ClassVar[float] = 1.5
 
     @abstractmethod
-    def quality(self, samples: Samples) -> Tensor:
-        """Shape (P,), in [0, 1]. No gradient."""
+    def guide(self, samples: Samples) -> Tensor:
+        """The quality, shape (P,), in [0, 1]. No gradient."""
 
     def losses(self, predictions, levels, samples):
         background, positives = self._focal_losses(predictions, levels, samples)
@@ -141,7 +141,7 @@ class _QualityGuided(NoQuality):
         others = self.negative_weight * samples.mask(others)
         background, positives = background - others.sum(), positives + others
 
-        weights = samples.mask(self.quality(samples).pow(self.eta))
+        weights = samples.mask(self.guide(samples).pow(self.eta))
         sums = torch.stack((positives.sum(), (weights * positives).sum()))
         total, weighted = all_reduce_mean(sums).unbind()
         weights = weights * total / weighted.clamp(min=torch.finfo(weighted.dtype).tiny)
@@ -152,7 +152,7 @@ class _QualityGuided(NoQuality):
 class CenternessGuided(_QualityGuided):
     """Guided by the centerness."""
 
-    def quality(self, samples):
+    def guide(self, samples):
         return centerness(samples.gt_distances)
 
 
@@ -160,5 +160,5 @@ class CenternessGuided(_QualityGuided):
 class IoUGuided(_QualityGuided):
     """Guided by the IoU of the predicted box."""
 
-    def quality(self, samples):
+    def guide(self, samples):
         return samples.iou

@@ -23,7 +23,7 @@ from .structures import GroundTruth, Levels, Matches, Predictions, Samples
 
 __all__ = ["GFL"]
 
-# Iterations from one logging of diagnostics to the next. Reading a value makes a GPU wait.
+# Diagnostics are logged when Detectron2's writers write. Reading a value makes a GPU wait.
 _LOG_PERIOD = 20
 
 
@@ -193,7 +193,7 @@ class GFL(DenseDetector):
         )
 
     def levels(self, predictions: Predictions, image_sizes: Tensor) -> Levels:
-        """Where predictions are, and what of them is padding. Arguments as in `candidates`."""
+        """Where predictions are, and which of them are padding. Arguments as in `candidates`."""
         shapes = [tuple(maps.shape[-2:]) for maps in predictions.class_logits]
         return self.grid(shapes, image_sizes, self.backbone.size_divisibility)
 
@@ -213,9 +213,10 @@ class GFL(DenseDetector):
 
     def _log_diagnostics(self, samples: Samples, num_images: int) -> None:
         storage = get_event_storage()
-        if storage.iter % _LOG_PERIOD == 0:
-            for name, value in self.criterion.diagnostics(samples, num_images).items():
-                storage.put_scalar(f"gfl/{name}", value.item(), smoothing_hint=False)
+        if (storage.iter + 1) % _LOG_PERIOD == 0:
+            diagnostics = self.criterion.diagnostics(samples, num_images)
+            for name, value in zip(diagnostics, torch.stack(list(diagnostics.values())).tolist()):
+                storage.put_scalar(f"gfl/{name}", value, smoothing_hint=False)
 
 
 def _feature_shapes(cfg, backbone: Backbone) -> list:

@@ -13,7 +13,7 @@ from .box_ops import distance_to_bbox
 from .box_representation import BoxRepresentation
 from .precision import full_precision
 from .quality import Quality
-from .structures import Levels, Predictions, flatten_map
+from .structures import Levels, Predictions, take_places
 
 __all__ = ["Candidates", "select_candidates", "suppress"]
 
@@ -51,26 +51,27 @@ def select_candidates(
     parts = []
     for i, maps in enumerate(zip(predictions.class_logits, predictions.box_values, quality_logits)):
         num_images, num_classes, _, width = maps[0].shape
-        # A pair among the topk best is at one of the topk locations whose best class is best.
-        best = [None if x is None else x.amax(dim=1, keepdim=True) for x in (maps[0], maps[2])]
-        best = full_precision(quality.score_logits(*best))
-        best = best.masked_fill(~levels.valid_mask(i), -torch.inf).flatten(1)
+        # The topk best pairs are at the topk locations whose best class is best.
+        best = quality.score_logits(maps[0].amax(dim=1, keepdim=True), maps[2])
+        best = full_precision(best).masked_fill(~levels.valid_mask(i), -torch.inf).flatten(1)
         num_locations = best.shape[1]
         best, location = best.topk(_at_most(topk, num_locations), dim=1, sorted=False)  # (N, k)
         first = torch.arange(num_images, device=best.device)[:, None] * num_locations
-        logits, values, q = (None if x is None else _take(x, location + first) for x in maps)
-        logits = full_precision(quality.score_logits(logits, q))  # (N, k, C)
-        # No class is better than the best, but in the padding.
-        logits = logits.minimum(best[..., None]).flatten(1)
-        logits, pair = logits.topk(_at_most(topk, logits.shape[1]), dim=1, sorted=False)  # (N, K)
-        place = pair.div(num_classes, rounding_mode="floor")
+        class_logits, values, q = (
+            None if x is None else take_places(x, location + first) for x in maps
+        )
+        scores = full_precision(quality.score_logits(class_logits, q))  # (N, k, C), logits
+        # -inf in the padding. Elsewhere no class is better than the best.
+        scores = scores.minimum(best[..., None]).flatten(1)
+        scores, pair = scores.topk(_at_most(topk, scores.shape[1]), dim=1, sorted=False)  # (N, K)
+        number = pair.div(num_classes, rounding_mode="floor")  # in [0, k), of the location
 
         row = location.div(width, rounding_mode="floor")
         centers = torch.stack((location - row * width, row), dim=-1)
         centers = centers * levels.strides[i] + levels.first[i]
         boxes = distance_to_bbox(centers, box.decode(values) * levels.strides[i])
-        boxes = boxes.gather(1, place[..., None].expand(-1, -1, 4))
-        parts.append((boxes, logits.sigmoid(), pair - place * num_classes))
+        boxes = boxes.gather(1, number[..., None].expand(-1, -1, 4))
+        parts.append((boxes, scores.sigmoid(), pair - number * num_classes))
     boxes, scores, classes = (torch.cat(part, dim=1) for part in zip(*parts))
     limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
     boxes = boxes.clamp(min=0).minimum(limits)
@@ -113,11 +114,6 @@ def suppress(
             )
         )
     return results
-
-
-def _take(maps: Tensor, places: Tensor) -> Tensor:
-    """From shape (N, X, H, W), at places of shape (N, k) in the flattened map, to (N, k, X)."""
-    return flatten_map(maps).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _at_most(limit: int, size: int | Tensor) -> int | Tensor:

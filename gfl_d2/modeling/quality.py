@@ -19,7 +19,7 @@ from .background_loss import background_loss, background_terms
 from .box_representation import BoxRepresentation
 from .losses import quality_focal_loss
 from .precision import full_precision
-from .structures import Levels, Predictions, Samples, flatten_map
+from .structures import Levels, Predictions, Samples, flatten_map, take_places
 
 __all__ = [
     "DistributionGuidedQuality",
@@ -96,7 +96,7 @@ class Quality(ABC):
         """
         Args:
             predictions: of the head.
-            levels: where the locations are, and what is padding.
+            levels: where the locations are, and which of them are padding.
             samples: what the predictions are compared with.
 
         Returns:
@@ -104,8 +104,11 @@ class Quality(ABC):
         """
 
     @abstractmethod
-    def box_weights(self, samples: Samples) -> Tensor:
+    def box_weights(self, predictions: Predictions, samples: Samples) -> Tensor:
         """
+        Args:
+            predictions, samples: as in :meth:`losses`.
+
         Returns:
             Tensor: shape (P,), weights of the samples in the box losses. No gradient. Those of
             samples that are not positive do not matter.
@@ -122,8 +125,8 @@ class Quality(ABC):
 
         Returns:
             background (Tensor): a scalar, the loss of the whole map as background.
-            picked (Tensor): shape (P,), the logit of each sample's class.
-            excess (Tensor): shape (P,), what of ``background`` is at the positives' logits.
+            picked (Tensor): shape (P,), the logit of each positive's class.
+            excess (Tensor): shape (P,), the part of ``background`` that is at these logits.
         """
         classes = samples.classes.view_as(samples.matches.row)
         total, picked = 0, []
@@ -132,7 +135,7 @@ class Quality(ABC):
             valid = levels.valid_mask(i).flatten()
             loss, at = background_loss(flatten_map(maps), valid, index, self.gamma)
             total, picked = total + loss, [*picked, at]
-        picked = torch.stack(picked, dim=1).flatten()
+        picked = samples.mask(torch.stack(picked, dim=1).flatten())
         return total, picked, samples.mask(background_terms(picked, self.gamma))
 
 
@@ -160,16 +163,20 @@ class JointQuality(Quality):
 
     def _qfl(self, logits: list[Tensor], levels: Levels, samples: Samples) -> dict[str, Tensor]:
         background, picked, excess = self.split_loss(logits, levels, samples)
-        # Of one class, which is the labelled one.
+        # One column: the labelled class.
         labels = torch.zeros_like(samples.classes)
         positives = quality_focal_loss(picked[:, None], labels, samples.iou, self.beta)[:, 0]
         loss = background + (samples.mask(positives) - excess).sum()
         return {"loss_qfl": self.weight * loss}
 
-    def box_weights(self, samples):
-        quality = samples.quality_logits
-        quality = None if quality is None else quality.detach()
-        return full_precision(self.score_logits(samples.best_logits, quality)).sigmoid()
+    @torch.no_grad()
+    def box_weights(self, predictions, samples):
+        matches, best = samples.matches, []
+        # Level by level, since all classes of all samples would be large.
+        for i, maps in enumerate(predictions.class_logits):
+            best.append(take_places(maps, matches.places(i, maps.shape)).amax(dim=-1))
+        best = torch.stack(best, dim=1).flatten()
+        return full_precision(self.score_logits(best, samples.quality_logits)).sigmoid()
 
 
 @QUALITY_REGISTRY.register("dgqp")
@@ -209,10 +216,10 @@ class DistributionGuidedQuality(JointQuality):
 
     def losses(self, predictions, levels, samples):
         joint = []
-        for i, maps in enumerate(zip(predictions.class_logits, predictions.quality_logits)):
+        for i, logits in enumerate(zip(predictions.class_logits, predictions.quality_logits)):
             # An infinite logit in the padding would make the gradient of the product NaN there.
             valid = levels.valid_mask(i)
-            joint.append(self.score_logits(*(torch.where(valid, x, 0) for x in maps)))
+            joint.append(self.score_logits(*(torch.where(valid, x, 0) for x in logits)))
         return self._qfl(joint, levels, samples)
 
 

@@ -1,5 +1,5 @@
 """
-The data that flows from the head to the losses and detections. No behaviour but looking things up.
+The data that flows from the head to the losses and detections. It has look-ups only.
 
 Shapes: N images, L levels, Ri = Hi * Wi locations on level i, C classes, V numbers a box side, M
 ground-truth boxes over all images, k candidates per box and level, P = M * L * k samples.
@@ -14,7 +14,15 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-__all__ = ["GroundTruth", "Levels", "Matches", "Predictions", "Samples", "flatten_map"]
+__all__ = [
+    "GroundTruth",
+    "Levels",
+    "Matches",
+    "Predictions",
+    "Samples",
+    "flatten_map",
+    "take_places",
+]
 
 
 class Predictions(NamedTuple):
@@ -43,7 +51,7 @@ class GroundTruth(NamedTuple):
 
 class Levels(NamedTuple):
     """
-    Where the locations of a batch are. That in row i and column j of a level is at
+    Where the locations of a batch are. The location in row i, column j of a level is at
     ``(j * stride + first, i * stride + first)``, in pixels, and has one square anchor.
     """
 
@@ -100,11 +108,7 @@ class Matches(NamedTuple):
 
     def take(self, maps: Sequence[Tensor]) -> Tensor:
         """Values at the candidates: from L maps of shape (N, X, Hi, Wi) to (M, L, k, X)."""
-        values = []
-        for i, level in enumerate(maps):
-            places, rows = self.places(i, level.shape), flatten_map(level)
-            index = places.reshape(-1, 1).expand(-1, rows.shape[1])
-            values.append(rows.gather(0, index).unflatten(0, places.shape))
+        values = [take_places(x, self.places(i, x.shape)) for i, x in enumerate(maps)]
         return torch.stack(values, dim=1)
 
 
@@ -113,10 +117,16 @@ def flatten_map(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def take_places(x: Tensor, places: Tensor) -> Tensor:
+    """From a map of shape (N, X, H, W), at places in :func:`flatten_map` of it, to (..., X)."""
+    values = flatten_map(x).gather(0, places.reshape(-1, 1).expand(-1, x.shape[1]))
+    return values.unflatten(0, places.shape)
+
+
 class Samples(NamedTuple):
     """
     The predictions at the candidates, beside what they should have been. Candidates that are not
-    positive are there too: their values are finite, and must not count. Boxes and distances are in
+    positive are there too, with predictions of 0, and must not count. Boxes and distances are in
     strides of the level.
     """
 
@@ -124,7 +134,6 @@ class Samples(NamedTuple):
     is_positive: Tensor  # (P,), bool
     image: Tensor  # (P,), int64 in [0, N)
     classes: Tensor  # (P,), int64 in [0, C), of the ground-truth box
-    best_logits: Tensor  # (P,), the largest class logit. No gradient
     quality_logits: Tensor | None  # (P,)
     box_values: Tensor  # (P, 4 * V)
     boxes: Tensor  # (P, 4), XYXY, decoded from box_values
