@@ -4,7 +4,7 @@ from ._dependencies import check_dependencies
 
 check_dependencies()
 
-from . import modeling  # noqa: E402, F401 (registers what configs name)
+from . import modeling  # noqa: E402 (registers what configs name)
 from .config import add_gfl_config, load_config  # noqa: E402
 
 __version__ = "0.1.0"

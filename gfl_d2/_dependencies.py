@@ -33,18 +33,13 @@ def check_dependencies():
             importlib.import_module(module)
         # A library that does not fit PyTorch raises RuntimeError, OSError or AttributeError too.
         except Exception as e:
-            missing = getattr(e, "name", None) if isinstance(e, ModuleNotFoundError) else None
-            missing = missing.partition(".")[0] if missing else None
+            missing = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
             if missing == module.partition(".")[0]:
-                message = f"gfl_d2 needs {name}, which is not installed: run `{install}`."
+                problem, command = "which is not installed", install
             elif missing:
-                message = (
-                    f"gfl_d2 needs {name}, which needs '{missing}', which is not installed: "
-                    f"run `pip install {_DISTRIBUTIONS.get(missing, missing)}`."
-                )
+                problem = f"which needs '{missing}', which is not installed"
+                command = f"pip install {_DISTRIBUTIONS.get(missing, missing)}"
             else:
-                message = (
-                    f"gfl_d2 needs {name}, which is installed but does not load "
-                    f"({type(e).__name__}: {e}): run `{reinstall}`."
-                )
-            raise ImportError(message) from e
+                problem = f"which is installed but does not load ({type(e).__name__}: {e})"
+                command = reinstall
+            raise ImportError(f"gfl_d2 needs {name}, {problem}: run `{command}`.") from e

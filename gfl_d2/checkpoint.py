@@ -1,13 +1,10 @@
 """Loading weights so that what does not fit is an error, not a line in the log."""
 
-from __future__ import annotations
-
 import contextlib
-import io
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +12,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .errors import InputError, name_some
+from .errors import InputError, first_line, name_some
 from .files import atomic_write
 
-__all__ = ["GFLCheckpointer"]
+__all__ = ["GFLCheckpointer", "describe_problems"]
 
 # Parameters that depend on the number of classes: fine-tuning on other data starts them anew.
 _CLASS_DEPENDENT = re.compile(r"^head\.cls_score\.")
@@ -31,8 +28,6 @@ _OPTIONAL = re.compile(
 # ends of their names, keep these names where they fit nothing. Their classifier ("fc") may.
 _RESNET_LAYER = re.compile(r"(^|\.)(stem\.conv\d|res\d\.\d+)\.")
 _RESNET = "backbone.bottom_up"
-# How many parameters a message names.
-_NUM_NAMED = 3
 
 
 class GFLCheckpointer(DetectionCheckpointer):
@@ -52,13 +47,7 @@ class GFLCheckpointer(DetectionCheckpointer):
     def __init__(
         self, model: nn.Module, save_dir: str = "", *, complete: bool = False, **kwargs: Any
     ):
-        """
-        Args:
-            model: to load weights into.
-            save_dir: as in :class:`DetectionCheckpointer`.
-            complete: require every parameter, as evaluation does.
-            kwargs: as in :class:`DetectionCheckpointer`.
-        """
+        """``complete``: require every parameter, as evaluation does."""
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = _AtomicPathManager()
         self.complete = complete
@@ -72,20 +61,15 @@ class GFLCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """
-        As :meth:`DetectionCheckpointer.load`.
-
         Raises:
             InputError: the file is missing, is no checkpoint, or does not fit the model. The model
                 is then unchanged, except where the file fits in part.
         """
         self._path = path
-        if path:
-            self._check_exists(path)
-        elif self.complete:
+        if not path and self.complete:
             self.logger.warning("MODEL.WEIGHTS is empty: the weights are random.")
-        return super().load(path, *args, **kwargs)
-
-    def _check_exists(self, path: str) -> None:
+        if not path:
+            return super().load(path, *args, **kwargs)
         try:
             # Detectron2 reads options from what follows a "?".
             local_path = self.path_manager.get_local_path(path.partition("?")[0])
@@ -93,19 +77,18 @@ class GFLCheckpointer(DetectionCheckpointer):
             raise InputError(f"Weights file {path} cannot be fetched: {error}") from None
         if not os.path.isfile(local_path):
             raise InputError(f"Weights file {path} does not exist")
+        return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             checkpoint = super()._load_file(filename)
         # Bytes that are no checkpoint can make unpickling raise anything.
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"Weights file {self._path} cannot be read: {reason}") from None
-        weights = checkpoint["model"]
-        is_state_dict = isinstance(weights, Mapping) and all(
-            isinstance(value, (torch.Tensor, np.ndarray)) for value in weights.values()
-        )
-        if not is_state_dict:
+        weights, types = checkpoint["model"], (torch.Tensor, np.ndarray)
+        is_mapping = isinstance(weights, Mapping)
+        if not is_mapping or not all(isinstance(value, types) for value in weights.values()):
             raise InputError(
                 f"Weights file {self._path} is not a checkpoint of a model: it does not map names "
                 "to tensors"
@@ -127,24 +110,24 @@ class GFLCheckpointer(DetectionCheckpointer):
             missing = [name for name in missing if not name.endswith(".num_batches_tracked")]
         else:
             wrong, missing, unexpected = self._gaps(wrong, missing, unexpected)
-        if wrong or missing or unexpected:
-            raise InputError(_describe(self._path, wrong, missing, unexpected))
+        shapes = [f"{name} is {there}, not {here}" for name, (there, here) in wrong.items()]
+        problems = {
+            "Of another shape than in the model": shapes,
+            "Not in the file": missing,
+            "Not in the model": unexpected,
+        }
+        if any(problems.values()):
+            raise InputError(
+                f"Weights file {self._path} does not fit the model. {describe_problems(problems)}"
+            )
         self._report_new_classifier(incompatible)
         return incompatible
 
-    def _find_wrong_shapes(
-        self, incompatible, shapes: dict[str, tuple[int, ...]]
-    ) -> dict[str, tuple]:
+    def _find_wrong_shapes(self, incompatible, shapes: dict[str, tuple]) -> dict[str, tuple]:
         """
         The parameters that Detectron2 has left out when it matched the ends of names, as their
-        shapes differ: it reports these as missing in the file and unexpected in the model.
-
-        Args:
-            incompatible: names that did not fit.
-            shapes: of everything in the file, by name.
-
-        Returns:
-            dict: name in the model -> shape in the file, shape in the model.
+        shapes differ: it reports these as missing in the file and unexpected in the model. Name in
+        the model -> shape in the file, shape in the model.
         """
         model = self.model.state_dict()
         return {
@@ -157,33 +140,29 @@ class GFLCheckpointer(DetectionCheckpointer):
     def _gaps(
         self, wrong: dict[str, tuple], missing: list[str], unexpected: list[str]
     ) -> tuple[dict[str, tuple], list[str], list[str]]:
-        """
-        Of the names that did not fit, those that a file to start training from may not have.
-        """
+        """Of the names that did not fit, those for which a file to start training from is wrong."""
         loaded = set(self.model.state_dict()).difference(wrong, missing)
         parts = {_part(name) for name in loaded if not _OPTIONAL.search(name)}
         if not parts:  # nothing fits: all of it is wrong
             return wrong, missing, unexpected
+        layers = [n for n in unexpected if _RESNET in parts and _RESNET_LAYER.search(n)]
         return (
             {name: value for name, value in wrong.items() if not _CLASS_DEPENDENT.search(name)},
             [name for name in missing if _part(name) in parts and not _OPTIONAL.search(name)],
-            [
-                name
-                for name in unexpected
-                if _part(name) in parts or (_RESNET in parts and _RESNET_LAYER.search(name))
-            ],
+            [name for name in unexpected if _part(name) in parts or name in layers],
         )
 
     def _report_new_classifier(self, incompatible) -> None:
         """Put one warning in the place of Detectron2's for the parameters that start anew."""
+        if not incompatible.incorrect_shapes:
+            return
         names = [name for name, _, _ in incompatible.incorrect_shapes]
-        if names:
-            _, there, here = incompatible.incorrect_shapes[0]
-            self.logger.warning(
-                f"{self._path} is of a model with another number of classes, so {len(names)} "
-                f"parameters start anew: {', '.join(names)} (the first has shape {there} there, "
-                f"{here} here)"
-            )
+        _, there, here = incompatible.incorrect_shapes[0]
+        self.logger.warning(
+            f"{self._path} is of a model with another number of classes, so {len(names)} "
+            f"parameters start anew: {', '.join(names)} (the first has shape {there} there, "
+            f"{here} here)"
+        )
         incompatible.incorrect_shapes.clear()
         for name in names:
             incompatible.missing_keys.remove(name)
@@ -198,15 +177,7 @@ class _AtomicPathManager:
     def open(self, path: str, mode: str = "r", **kwargs: Any) -> contextlib.AbstractContextManager:
         if mode not in ("w", "wb") or "://" in path:
             return PathManager.open(path, mode, **kwargs)
-        return atomic_write(path) if mode == "wb" else _atomic_write_text(path)
-
-
-@contextlib.contextmanager
-def _atomic_write_text(path: str) -> Iterator[IO[str]]:
-    with atomic_write(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8")
-        yield text
-        text.detach()  # writes the rest
+        return atomic_write(path, mode)
 
 
 def _part(name: str) -> str:
@@ -214,15 +185,10 @@ def _part(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-def _describe(path: str, wrong: dict[str, tuple], missing: list[str], unexpected: list[str]) -> str:
-    shapes = [f"{name} is {there}, not {here}" for name, (there, here) in wrong.items()]
-    problems = [
-        f"{what} ({len(names)}): {name_some(names, _NUM_NAMED)}"
-        for names, what in (
-            (shapes, "Of another shape than in the model"),
-            (missing, "Not in the file"),
-            (unexpected, "Not in the model"),
-        )
+def describe_problems(problems: Mapping[str, Collection[str]], number: int = 3) -> str:
+    """What is wrong -> names of parameters, as sentences with ``number`` names each at most."""
+    return ". ".join(
+        f"{what} ({len(names)}): {name_some(names, number)}"
+        for what, names in problems.items()
         if names
-    ]
-    return f"Weights file {path} does not fit the model. {'. '.join(problems)}"
+    )

@@ -1,7 +1,5 @@
 """Configuration keys of GFL, in the style of :mod:`detectron2.config.defaults`."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence
@@ -15,13 +13,9 @@ from .config_checks import check_config, check_gfl_config, check_training_config
 from .errors import InputError
 
 __all__ = [
-    "add_gfl_config",
-    "check_config",
-    "check_gfl_config",
-    "check_training_config",
-    "choose_device",
+    "add_gfl_config", "check_config", "check_gfl_config", "check_training_config", "choose_device",
     "load_config",
-]
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

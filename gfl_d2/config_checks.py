@@ -1,12 +1,13 @@
 """Checks of config values, so that a mistake is one line at the start."""
 
-from __future__ import annotations
-
+import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.layers import get_norm
 from PIL import Image
 from torch import nn
@@ -14,15 +15,46 @@ from torch import nn
 from .errors import InputError
 from .registry import ASSIGNER_REGISTRY, BOX_REPRESENTATION_REGISTRY, QUALITY_REGISTRY
 
-__all__ = ["check_config", "check_gfl_config", "check_training_config"]
+__all__ = ["check_config", "check_gfl_config", "check_training_config", "get_value", "require"]
 
 _COMPILE_MODES = (
     "", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 )  # fmt: skip
-_SAMPLERS = (
-    "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"
-)  # fmt: skip
+_CHOICES = {
+    "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+    "SOLVER.COMPILE": _COMPILE_MODES,
+    "TEST.COMPILE": _COMPILE_MODES,
+    "TEST.PRECISION": ("float32", "bfloat16", "float16"),
+}
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _SAMPLERS_OF_MAIN = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
+_LOSS_WEIGHTS = [f"LOSS_{name}_WEIGHT" for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL")]
+# Keys of MODEL.GFL, what their values must be, and whether a value is that.
+_RANGES = (
+    (["NUM_CLASSES", "CONV_DIM", "REG_MAX", "DGQP_TOPK"], ">= 1", lambda x: x >= 1),
+    (["DGQP_CHANNELS", "ATSS_TOPK", "TOPK_CANDIDATES_TEST"], ">= 1", lambda x: x >= 1),
+    (["NUM_CONVS", *_LOSS_WEIGHTS], ">= 0", lambda x: x >= 0),
+    (["BIN_WIDTH", "ANCHOR_SCALE", "BOX_NORMALIZER_MIN"], "> 0", lambda x: x > 0),
+    (["IN_FEATURES"], "a list of at least one feature name", lambda x: len(x) >= 1),
+    (["PRIOR_PROB"], "in (0, 1)", lambda x: 0 < x < 1),
+    # For 0 < beta < 1 the gradient of QFL is infinite where the prediction meets the target.
+    (["QFL_BETA", "FOCAL_LOSS_GAMMA"], "0 or >= 1", lambda x: x == 0 or x >= 1),
+    (["FOCAL_LOSS_ALPHA"], "in [0, 1], or negative", lambda x: x <= 1),
+    (["SCORE_THRESH_TEST"], "in [0, 1)", lambda x: 0 <= x < 1),
+    (["NMS_THRESH_TEST"], "in [0, 1]", lambda x: 0 <= x <= 1),
+)
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a key with dots, such as "MODEL.GFL.NORM"."""
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+def require(cfg: CfgNode, key: str, holds: object, allowed: str) -> None:
+    """Raise an InputError that says what a key must be, and what it is, unless ``holds``."""
+    if not holds:
+        raise InputError(f"{key} must be {allowed}, got {get_value(cfg, key)!r}")
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -46,49 +78,23 @@ def check_gfl_config(cfg: CfgNode) -> None:
     """
     _check_general(cfg)
     gfl = cfg.MODEL.GFL
-    rules = {
-        "NUM_CLASSES": (gfl.NUM_CLASSES >= 1, ">= 1"),
-        "IN_FEATURES": (len(gfl.IN_FEATURES) >= 1, "a list of at least one feature name"),
-        "NUM_CONVS": (gfl.NUM_CONVS >= 0, ">= 0"),
-        "CONV_DIM": (gfl.CONV_DIM >= 1, ">= 1"),
-        "PRIOR_PROB": (0 < gfl.PRIOR_PROB < 1, "in (0, 1)"),
-        "REG_MAX": (gfl.REG_MAX >= 1, ">= 1"),
-        "BIN_WIDTH": (gfl.BIN_WIDTH > 0, "> 0"),
-        "DGQP_TOPK": (gfl.DGQP_TOPK >= 1, ">= 1"),
-        "DGQP_CHANNELS": (gfl.DGQP_CHANNELS >= 1, ">= 1"),
-        "ANCHOR_SCALE": (gfl.ANCHOR_SCALE > 0, "> 0"),
-        "ATSS_TOPK": (gfl.ATSS_TOPK >= 1, ">= 1"),
-        # For 0 < beta < 1 the gradient of QFL is infinite where the prediction meets the target.
-        "QFL_BETA": (gfl.QFL_BETA == 0 or gfl.QFL_BETA >= 1, "0 or >= 1"),
-        "FOCAL_LOSS_ALPHA": (gfl.FOCAL_LOSS_ALPHA <= 1, "in [0, 1], or negative"),
-        "FOCAL_LOSS_GAMMA": (gfl.FOCAL_LOSS_GAMMA == 0 or gfl.FOCAL_LOSS_GAMMA >= 1, "0 or >= 1"),
-        **{
-            f"LOSS_{name}_WEIGHT": (gfl[f"LOSS_{name}_WEIGHT"] >= 0, ">= 0")
-            for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL")
-        },
-        "BOX_NORMALIZER_MIN": (gfl.BOX_NORMALIZER_MIN > 0, "> 0"),
-        "SCORE_THRESH_TEST": (0 <= gfl.SCORE_THRESH_TEST < 1, "in [0, 1)"),
-        "TOPK_CANDIDATES_TEST": (gfl.TOPK_CANDIDATES_TEST >= 1, ">= 1"),
-        "NMS_THRESH_TEST": (0 <= gfl.NMS_THRESH_TEST <= 1, "in [0, 1]"),
-    }
-    for key, (holds, allowed) in rules.items():
-        _require(holds, f"MODEL.GFL.{key}", allowed, gfl[key])
-    _check_parts(cfg)
-    _check_norm(gfl)
-    offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
-    _require(
-        offset == 0 or not gfl.LEGACY_ANCHOR_CENTERS,
-        "MODEL.ANCHOR_GENERATOR.OFFSET",
-        "0.0 when MODEL.GFL.LEGACY_ANCHOR_CENTERS is True",
-        offset,
-    )
-    _require(0 <= offset < 1, "MODEL.ANCHOR_GENERATOR.OFFSET", "in [0, 1)", offset)
-    number = cfg.TEST.DETECTIONS_PER_IMAGE
-    _require(number >= 1, "TEST.DETECTIONS_PER_IMAGE", ">= 1", number)
+    for keys, allowed, holds in _RANGES:
+        for key in keys:
+            require(cfg, f"MODEL.GFL.{key}", holds(gfl[key]), allowed)
+    # The parts that are chosen by name check the keys of their own.
+    QUALITY_REGISTRY.get(gfl.QUALITY).from_config(cfg)
+    BOX_REPRESENTATION_REGISTRY.get(gfl.BOX_REPRESENTATION).from_config(cfg)
+    ASSIGNER_REGISTRY.get(gfl.ASSIGNER).from_config(cfg)
+    _check_norm(cfg)
+    key, offset = "MODEL.ANCHOR_GENERATOR.OFFSET", cfg.MODEL.ANCHOR_GENERATOR.OFFSET
+    allowed = "0.0 when MODEL.GFL.LEGACY_ANCHOR_CENTERS is True"
+    require(cfg, key, offset == 0 or not gfl.LEGACY_ANCHOR_CENTERS, allowed)
+    require(cfg, key, 0 <= offset < 1, "in [0, 1)")
+    require(cfg, "TEST.DETECTIONS_PER_IMAGE", cfg.TEST.DETECTIONS_PER_IMAGE >= 1, ">= 1")
     for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
-        _require(not cfg.MODEL[key], f"MODEL.{key}", "False: GFL does not have it", True)
+        require(cfg, f"MODEL.{key}", not cfg.MODEL[key], "False: GFL does not have it")
     allowed = "0: GFL draws no pictures in training (tools/visualize_results.py does, of results)"
-    _require(cfg.VIS_PERIOD == 0, "VIS_PERIOD", allowed, cfg.VIS_PERIOD)
+    require(cfg, "VIS_PERIOD", cfg.VIS_PERIOD == 0, allowed)
 
 
 def check_training_config(cfg: CfgNode) -> None:
@@ -98,11 +104,10 @@ def check_training_config(cfg: CfgNode) -> None:
     Raises:
         InputError: the message names the key.
     """
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        raise InputError(
-            "SOLVER.AMP.ENABLED must be False on a CPU: it is float16 for GPUs; "
-            "SOLVER.BF16 works on both"
-        )
+    allowed = "False on a CPU: it is float16 for GPUs; SOLVER.BF16 works on both"
+    require(
+        cfg, "SOLVER.AMP.ENABLED", cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED, allowed
+    )
     metric, test = cfg.TEST.BEST_CHECKPOINT_METRIC, cfg.DATASETS.TEST
     if not metric or not test or cfg.TEST.EVAL_PERIOD <= 0:
         return
@@ -119,30 +124,20 @@ def check_training_config(cfg: CfgNode) -> None:
         )
 
 
-def _check_parts(cfg: CfgNode) -> None:
-    """Make the parts that are chosen by name, which check the keys of their own."""
-    gfl = cfg.MODEL.GFL
-    QUALITY_REGISTRY.get(gfl.QUALITY).from_config(cfg)
-    BOX_REPRESENTATION_REGISTRY.get(gfl.BOX_REPRESENTATION).from_config(cfg)
-    ASSIGNER_REGISTRY.get(gfl.ASSIGNER).from_config(cfg)
-
-
-def _check_norm(gfl: CfgNode) -> None:
+def _check_norm(cfg: CfgNode) -> None:
+    key, gfl = "MODEL.GFL.NORM", cfg.MODEL.GFL
     try:
         norm = get_norm(gfl.NORM, 64)
     except KeyError:
-        allowed = "the name of a normalization, such as 'GN', or ''"
-        _require(False, "MODEL.GFL.NORM", allowed, gfl.NORM)
+        require(cfg, key, False, "the name of a normalization, such as 'GN', or ''")
     # The towers are shared by levels whose features differ by far.
     has_running_average = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     allowed = "'GN', or another without batch statistics: all levels would share their average"
-    _require(not has_running_average, "MODEL.GFL.NORM", allowed, gfl.NORM)
-    _require(
-        gfl.NORM != "GN" or gfl.NUM_CONVS == 0 or (gfl.CONV_DIM % 32 == 0 and gfl.CONV_DIM >= 64),
-        "MODEL.GFL.CONV_DIM",
-        "a multiple of 32, and at least 64, when MODEL.GFL.NORM is 'GN'",
-        gfl.CONV_DIM,
-    )
+    require(cfg, key, not has_running_average, allowed)
+    fits_groups = gfl.CONV_DIM % 32 == 0 and gfl.CONV_DIM >= 64
+    allowed = "a multiple of 32, and at least 64, when MODEL.GFL.NORM is 'GN'"
+    is_used = gfl.NORM == "GN" and gfl.NUM_CONVS > 0
+    require(cfg, "MODEL.GFL.CONV_DIM", fits_groups or not is_used, allowed)
 
 
 def _check_general(cfg: CfgNode) -> None:
@@ -151,25 +146,19 @@ def _check_general(cfg: CfgNode) -> None:
             # The norm of gradients may be the maximum norm.
             if not math.isfinite(value) and key != "SOLVER.CLIP_GRADIENTS.NORM_TYPE":
                 raise InputError(f"{key} must be finite, got {value}")
-    _check_device(cfg.MODEL.DEVICE)
-    _check_input(cfg)
-    _check_zero_init(cfg)
-
-    sampler = cfg.DATALOADER.SAMPLER_TRAIN
     samplers = _SAMPLERS + (_SAMPLERS_OF_MAIN if "REPEAT_SQRT" in cfg.DATALOADER else ())
-    _require(sampler in samplers, "DATALOADER.SAMPLER_TRAIN", f"one of {samplers}", sampler)
-    clip, clips = cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, ("value", "norm", "full_model")
-    _require(clip in clips, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", f"one of {clips}", clip)
+    for key, names in {"DATALOADER.SAMPLER_TRAIN": samplers, **_CHOICES}.items():
+        require(cfg, key, get_value(cfg, key) in names, f"one of {names}")
+    _check_device(cfg)
+    _check_channels(cfg)
+    if cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL:
+        _check_zero_init(cfg)
     both = cfg.SOLVER.BF16 and cfg.SOLVER.AMP.ENABLED
-    _require(not both, "SOLVER.BF16", "False when SOLVER.AMP.ENABLED is True", cfg.SOLVER.BF16)
-    precision, precisions = cfg.TEST.PRECISION, ("float32", "bfloat16", "float16")
-    _require(precision in precisions, "TEST.PRECISION", f"one of {precisions}", precision)
-    on_gpu = precision != "float16" or cfg.MODEL.DEVICE != "cpu"
-    _require(on_gpu, "TEST.PRECISION", "'float32' or 'bfloat16' on a CPU", precision)
-    for key, mode in (("TEST", cfg.TEST.COMPILE), ("SOLVER", cfg.SOLVER.COMPILE)):
-        _require(mode in _COMPILE_MODES, f"{key}.COMPILE", f"one of {_COMPILE_MODES}", mode)
+    require(cfg, "SOLVER.BF16", not both, "False when SOLVER.AMP.ENABLED is True")
+    works = cfg.TEST.PRECISION != "float16" or cfg.MODEL.DEVICE != "cpu"
+    require(cfg, "TEST.PRECISION", works, "'float32' or 'bfloat16' on a CPU")
     allowed = "False: there is no test-time augmentation for dense detectors yet"
-    _require(not cfg.TEST.AUG.ENABLED, "TEST.AUG.ENABLED", allowed, True)
+    require(cfg, "TEST.AUG.ENABLED", not cfg.TEST.AUG.ENABLED, allowed)
 
 
 def _floats(key: str, value: object) -> Iterator[tuple[str, float]]:
@@ -184,56 +173,41 @@ def _floats(key: str, value: object) -> Iterator[tuple[str, float]]:
             yield from _floats(key, item)
 
 
-def _check_device(device: str) -> None:
+def _check_device(cfg: CfgNode) -> None:
+    key = "MODEL.DEVICE"
     try:
-        device_type = torch.device(device).type
+        device_type = torch.device(cfg.MODEL.DEVICE).type
     except RuntimeError:
-        _require(False, "MODEL.DEVICE", "a device of PyTorch, such as 'cuda' or 'cpu'", device)
+        require(cfg, key, False, "a device of PyTorch, such as 'cuda' or 'cpu'")
     has_device = device_type != "cuda" or torch.cuda.is_available()
-    _require(has_device, "MODEL.DEVICE", "'cpu' on this machine, which has no GPU", device)
+    require(cfg, key, has_device, "'cpu' on this machine, which has no GPU")
 
 
-def _check_input(cfg: CfgNode) -> None:
+def _check_channels(cfg: CfgNode) -> None:
     image_format = cfg.INPUT.FORMAT
-    num_channels = _num_channels(image_format)
+    number = _num_channels(image_format)
     allowed = "'BGR', 'RGB', 'L' or another that Detectron2 reads images in"
-    _require(num_channels > 0, "INPUT.FORMAT", allowed, image_format)
+    require(cfg, "INPUT.FORMAT", number > 0, allowed)
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        values = cfg.MODEL[key]
-        fits = len(values) == num_channels
-        allowed = f"{num_channels} numbers for INPUT.FORMAT {image_format!r}"
-        _require(fits, f"MODEL.{key}", allowed, values)
-    _require(min(cfg.MODEL.PIXEL_STD) > 0, "MODEL.PIXEL_STD", "> 0", cfg.MODEL.PIXEL_STD)
-    flip, flips = cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical", "both")
-    _require(flip in flips, "INPUT.RANDOM_FLIP", f"one of {flips}", flip)
+        allowed = f"{number} numbers for INPUT.FORMAT {image_format!r}"
+        require(cfg, f"MODEL.{key}", len(cfg.MODEL[key]) == number, allowed)
+    require(cfg, "MODEL.PIXEL_STD", min(cfg.MODEL.PIXEL_STD) > 0, "> 0")
 
 
 def _num_channels(image_format: str) -> int:
     """Channels of images that Detectron2 reads in this format, 0 if it cannot."""
-    if image_format in ("BGR", "YUV-BT.601"):  # its own
-        return 3
     try:
-        number = Image.getmodebands(image_format)
-    except KeyError:
+        image = convert_PIL_to_numpy(Image.new("RGB", (1, 1)), image_format)
+    except (KeyError, ValueError):
         return 0
-    # Of Pillow's modes with one channel, Detectron2 knows "L" alone.
-    return number if number > 1 or image_format == "L" else 0
+    return image.shape[2] if image_format and image.ndim == 3 else 0
 
 
 def _check_zero_init(cfg: CfgNode) -> None:
-    if not cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL:
-        return
     when = "when MODEL.RESNETS.ZERO_INIT_RESIDUAL is True"
-    name = cfg.MODEL.BACKBONE.NAME
-    builders = ("build_gfl_resnet_fpn_backbone", "build_gfl_res2net_fpn_backbone")
-    _require(name in builders, "MODEL.BACKBONE.NAME", f"one of {builders} {when}", name)
+    model, names = cfg.MODEL, ("build_gfl_resnet_fpn_backbone", "build_gfl_res2net_fpn_backbone")
+    require(cfg, "MODEL.BACKBONE.NAME", model.BACKBONE.NAME in names, f"one of {names} {when}")
     # A frozen block with a zero scale would stay the identity for ever.
-    norm, freeze_at = cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT
-    is_trainable = norm not in ("", "FrozenBN")
-    _require(is_trainable, "MODEL.RESNETS.NORM", f"a trainable one {when}", norm)
-    _require(freeze_at < 2, "MODEL.BACKBONE.FREEZE_AT", f"< 2 {when}", freeze_at)
-
-
-def _require(holds: bool, key: str, allowed: str, value: object) -> None:
-    if not holds:
-        raise InputError(f"{key} must be {allowed}, got {value!r}")
+    is_trainable = model.RESNETS.NORM not in ("", "FrozenBN")
+    require(cfg, "MODEL.RESNETS.NORM", is_trainable, f"a trainable one {when}")
+    require(cfg, "MODEL.BACKBONE.FREEZE_AT", model.BACKBONE.FREEZE_AT < 2, f"< 2 {when}")

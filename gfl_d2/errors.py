@@ -1,10 +1,8 @@
 """Errors that are the user's to mend, told apart from bugs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
-__all__ = ["InputError", "name_some", "user_message"]
+__all__ = ["InputError", "first_line", "name_some", "user_message"]
 
 
 class InputError(ValueError):
@@ -20,14 +18,17 @@ _MARK = f"{InputError.__module__}.{InputError.__qualname__}: "
 
 def user_message(error: BaseException) -> str:
     """
-    The plain message of ``error``.
-
-    A worker process of a torch DataLoader hands an error on as text, with its whole traceback:
-    of that, only the message of the :class:`InputError` is kept.
+    The plain message of an error. A worker process of a DataLoader hands an error on as text with
+    its whole traceback: of that, only the message of the :class:`InputError` is kept.
     """
     text = str(error)
     _, found, message = text.rpartition(_MARK)
     return (message if found else text).strip()
+
+
+def first_line(error: BaseException) -> str:
+    """What kind of error it is, and how its message begins: for errors of other code."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def name_some(items: Iterable[object], number: int = 5) -> str:

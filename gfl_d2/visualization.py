@@ -44,10 +44,9 @@ def draw_results(
     Args:
         dataset: a registered name.
         results: a ``coco_instances_results.json`` of this dataset.
-        num_images: how many images, at most.
-        skip: how many images to leave out first.
-        min_boxes: images with fewer annotated boxes are left out.
-        score_thresh: detections that score lower are left out.
+        num_images, skip: how many images, at most, and how many to leave out first.
+        min_boxes, score_thresh: images with fewer annotated boxes are left out, and detections that
+            score lower.
 
     Returns:
         ndarray: RGB, uint8, shape (H, W, 3).
@@ -57,7 +56,10 @@ def draw_results(
     """
     records = DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)
-    by_image = _load_results(Path(results), dataset, records, metadata)
+    # The same in the results where the dataset has no ids of its own.
+    same = {index: index for index in range(len(metadata.get("thing_classes", ())))}
+    ids = metadata.get("thing_dataset_id_to_contiguous_id", same)
+    by_image = _load_results(Path(results), dataset, records, ids)
     records = [r for r in records if len(r.get("annotations", [])) >= min_boxes]
     chosen = records[skip : skip + num_images]
     if not chosen:
@@ -68,19 +70,15 @@ def draw_results(
     rows = []
     for record in chosen:
         image = read_image(record["file_name"], format="RGB")
-        detections = _to_instances(by_image[record["image_id"]], image.shape[:2], metadata)
+        detections = _to_instances(by_image[record["image_id"]], image.shape[:2], ids)
         rows.append(draw_comparison(image, record, detections, metadata, score_thresh))
     return _stack_rows(rows)
 
 
 def find_results(path: str | Path, dataset: str) -> Path:
     """
-    Find the results of a dataset.
-
-    Args:
-        path: the file itself, an ``OUTPUT_DIR``, or its folder ``inference``, which has a folder
-            for each dataset if there were several.
-        dataset: a registered name.
+    The file with the results of a registered dataset. ``path`` is the file itself, an
+    ``OUTPUT_DIR``, or its folder ``inference``, which has a folder for each of several datasets.
 
     Raises:
         InputError: there are none, or they are in the folder of another dataset.
@@ -100,11 +98,8 @@ def find_results(path: str | Path, dataset: str) -> Path:
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
     """
-    Write a picture; the name's ending says in which format.
-
-    Args:
-        path: where. Its folder is made if needed.
-        picture: RGB, uint8, shape (H, W, 3).
+    Write a picture, RGB, uint8, shape (H, W, 3). The path's ending says in which format; its folder
+    is made if needed.
 
     Raises:
         InputError: it cannot be written.
@@ -138,32 +133,24 @@ def draw_comparison(
         score_thresh: detections that score lower are left out.
 
     Returns:
-        ndarray: RGB, uint8, shape (H', W', 3). Small images are enlarged.
+        ndarray: as ``image_rgb``, of another size. Small images are enlarged.
     """
-    names = metadata.get("thing_classes")
     annotations = ground_truth.get("annotations", [])
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     classes = [a["category_id"] for a in annotations]
-    labels = [
-        _class_name(a["category_id"], names) + (" (crowd)" if a.get("iscrowd", 0) else "")
-        for a in annotations
-    ]
-    left = _draw_boxes(image_rgb, "ground truth", boxes, classes, labels, metadata)
+    notes = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
+    left = _draw_boxes(image_rgb, "ground truth", boxes, classes, notes, metadata)
 
     kept = predictions[predictions.scores >= score_thresh].to("cpu")
     boxes, classes = kept.pred_boxes.tensor.tolist(), kept.pred_classes.tolist()
-    labels = [
-        f"{_class_name(c, names)} {score:.2f}" for c, score in zip(classes, kept.scores.tolist())
-    ]
+    notes = [f" {score:.2f}" for score in kept.scores.tolist()]
     title = f"detections that score {score_thresh:g} or more"
-    right = _draw_boxes(image_rgb, title, boxes, classes, labels, metadata)
+    right = _draw_boxes(image_rgb, title, boxes, classes, notes, metadata)
     gap = np.full((left.shape[0], _GAP, 3), _WHITE, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 
 
-def _load_results(
-    path: Path, dataset: str, records: list[dict], metadata: Metadata
-) -> dict[object, list[dict]]:
+def _load_results(path: Path, dataset: str, records: list[dict], ids: dict) -> dict:
     """Detections by image id, in COCO's result format; they must fit the dataset."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -173,12 +160,9 @@ def _load_results(
         isinstance(result, dict) and result.keys() >= _RESULT_KEYS for result in results
     ):
         raise InputError(f"{path} is not a list of detections with {sorted(_RESULT_KEYS)}")
-    known = {
-        "image_id": {record["image_id"] for record in records},
-        "category_id": _contiguous_ids(metadata).keys(),
-    }
-    for key, ids in known.items():
-        unknown = dict.fromkeys(r[key] for r in results if r[key] not in ids)
+    images = {record["image_id"] for record in records}
+    for key, known in {"image_id": images, "category_id": ids}.items():
+        unknown = dict.fromkeys(r[key] for r in results if r[key] not in known)
         if unknown:
             raise InputError(
                 f"{path} has detections with {key} {name_some(unknown)}, which dataset "
@@ -190,36 +174,26 @@ def _load_results(
     return by_image
 
 
-def _contiguous_ids(metadata: Metadata) -> dict[int, int]:
-    """Category id in the results -> class index; the same where the dataset has no ids."""
-    same = {index: index for index in range(len(metadata.get("thing_classes", ())))}
-    return metadata.get("thing_dataset_id_to_contiguous_id", same)
-
-
-def _to_instances(
-    results: Sequence[dict], image_size: tuple[int, int], metadata: Metadata
-) -> Instances:
-    """Detections of one image, from COCO's result format. ``image_size``: (height, width)."""
+def _to_instances(results: list[dict], image_size: tuple[int, int], ids: dict) -> Instances:
+    """
+    Detections of one image, from COCO's result format. ``image_size`` is (height, width), ``ids``
+    has the class index for each category id.
+    """
     boxes = torch.tensor([result["bbox"] for result in results]).reshape(-1, 4)
-    contiguous_id = _contiguous_ids(metadata)
     return Instances(
         image_size,
         pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
         scores=torch.tensor([result["score"] for result in results]),
-        pred_classes=torch.tensor([contiguous_id[r["category_id"]] for r in results]),
+        pred_classes=torch.tensor([ids[result["category_id"]] for result in results]),
     )
 
 
 def _stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures, (Hi, Wi, 3), below each other, the narrower ones filled up with white."""
     width = max(row.shape[1] for row in rows)
-    gaps = [_GAP] * (len(rows) - 1) + [0]
-    return np.concatenate(
-        [
-            np.pad(row, ((0, gap), (0, width - row.shape[1]), (0, 0)), constant_values=_WHITE)
-            for row, gap in zip(rows, gaps)
-        ]
-    )
+    margins = [((0, _GAP), (0, width - row.shape[1]), (0, 0)) for row in rows]
+    padded = [np.pad(row, m, constant_values=_WHITE) for row, m in zip(rows, margins)]
+    return np.concatenate(padded)[:-_GAP]
 
 
 def _draw_boxes(
@@ -227,31 +201,27 @@ def _draw_boxes(
     title: str,
     boxes: list[list[float]],
     classes: list[int],
-    labels: list[str],
+    notes: list[str],
     metadata: Metadata,
 ) -> np.ndarray:
-    """The image, enlarged if it is small, with boxes (x0, y0, x1, y1), and a title above it."""
+    """
+    The image, enlarged if it is small, with boxes (x0, y0, x1, y1), and a title above it. A note
+    stands behind the class of each box.
+    """
+    names = metadata.get("thing_classes")
     scale = max(1.0, _MIN_SIDE / min(image_rgb.shape[:2]))
     size = [round(scale * side) for side in image_rgb.shape[1::-1]]
     image = cv2.resize(image_rgb, size, interpolation=cv2.INTER_CUBIC)
-    drawn = (
-        Visualizer(image, metadata)
-        .overlay_instances(
-            boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale,
-            labels=labels,
-            assigned_colors=[_color(c) for c in classes],
-        )
-        .get_image()
+    visualizer = Visualizer(image, metadata)
+    visualizer.overlay_instances(
+        boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale,
+        labels=[f"{names[c] if names else c}{note}" for c, note in zip(classes, notes)],
+        assigned_colors=[_color(c) for c in classes],
     )
+    drawn = visualizer.output.get_image()
     bar = np.full((28, drawn.shape[1], 3), _WHITE, dtype=np.uint8)
-    cv2.putText(
-        bar, title, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), lineType=cv2.LINE_AA
-    )
+    cv2.putText(bar, title, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([bar, drawn])
-
-
-def _class_name(index: int, names: Sequence[str] | None) -> str:
-    return names[index] if names else str(index)
 
 
 def _color(index: int) -> tuple[float, float, float]:

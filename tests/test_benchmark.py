@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from gfl_d2.deploy.precision import has_fast_bfloat16
+from gfl_d2.deploy import has_fast_bfloat16
 from scripts import ROOT, load_script
 
 benchmarking = load_script("benchmarks/benchmarking.py")

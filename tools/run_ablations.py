@@ -70,8 +70,8 @@ def run_once(config_file: str, opts: list[str], folder: Path) -> dict[str, float
         command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config_file]
         metrics = run_training([*command, *opts], folder)
         result = json.dumps({"metrics": metrics, "settings": settings}, indent=1)
-        with atomic_write(file) as stream:
-            stream.write(result.encode("utf-8"))
+        with atomic_write(file, "w") as stream:
+            stream.write(result)
     return {name: metrics[name] for name in METRICS}
 
 

@@ -9,17 +9,3 @@ memory for its values, and has to have exactly the parameters that the file has.
 from .facts import check_config, describe, find_configs, find_differences
 from .files import Checkpoint, check_output, read_checkpoint, write_checkpoint
 from .mmdet import Conversion, from_mmdet, to_mmdet
-
-__all__ = [
-    "Checkpoint",
-    "Conversion",
-    "check_config",
-    "check_output",
-    "describe",
-    "find_configs",
-    "find_differences",
-    "from_mmdet",
-    "read_checkpoint",
-    "to_mmdet",
-    "write_checkpoint",
-]

@@ -5,7 +5,6 @@ same, by key, e.g. ``{"MODEL.RESNETS.DEPTH": 50}``. This is the ``needed`` of th
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..config_checks import get_value
 from ..errors import InputError
 from ..modeling.backbone import BLOCKS_PER_STAGE
 from .names import BOTTOM_UP, Source
@@ -27,21 +27,19 @@ _BATCH_NORMS = ("BN", "FrozenBN", "NaiveSyncBN", "SyncBN", "nnSyncBN")
 def infer_config(source: Source, is_detector: bool, cfg: CfgNode | None) -> dict[str, Any]:
     """
     The config that weights need. Each value is read from one parameter: whether the others agree
-    shows when their shapes are compared with those of the model.
-
-    Raises:
-        InputError: a parameter is missing that a value is read from, or ``cfg`` has to decide.
+    shows when their shapes are compared with those of the model. It is an InputError if the
+    parameter is missing, or if ``cfg`` has to decide and is None.
     """
-    needed = {**_infer_backbone(source), **_infer_deformation(source, cfg)}
+    needed = _infer_backbone(source)
+    deformation = _infer_deformation(source, cfg)
     if not is_detector:
-        if not any(needed["MODEL.RESNETS.DEFORM_ON_PER_STAGE"]):
-            # Weights for ImageNet have none, whatever is made of them.
-            del needed["MODEL.RESNETS.DEFORM_ON_PER_STAGE"]
-        return needed
+        # Weights for ImageNet are not deformable, whatever is made of them.
+        return needed | deformation if len(deformation) > 1 else needed
     return {
         "MODEL.META_ARCHITECTURE": "GFL",
         "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
         **needed,
+        **deformation,
         "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
         "MODEL.FPN.OUT_CHANNELS": source.size("backbone.fpn_output3.weight"),
         "MODEL.FPN.NORM": "",
@@ -69,9 +67,8 @@ def _infer_backbone(source: Source) -> dict[str, Any]:
         "MODEL.RESNETS.RES2_OUT_CHANNELS": out_channels,
         "MODEL.RESNETS.RES5_DILATION": 1,
     }
-    if not has_bottlenecks:
-        return needed
-    needed["MODEL.RESNETS.STRIDE_IN_1X1"] = False
+    if has_bottlenecks:
+        needed["MODEL.RESNETS.STRIDE_IN_1X1"] = False
     if has_splits:
         needed["MODEL.RES2NET.SCALES"] = width // max(source.size(f"{block}.convs.0.weight"), 1)
         # Widths are rounded down, in proportion least in res5, which has 8 times the channels.
@@ -79,7 +76,7 @@ def _infer_backbone(source: Source) -> dict[str, Any]:
         needed["MODEL.RES2NET.BASE_WIDTH"] = -(-width * 64 // max(out_channels // 4 * 8, 1))
         # A Res2Net has no use for these.
         needed["MODEL.RESNETS.NUM_GROUPS"], needed["MODEL.RESNETS.WIDTH_PER_GROUP"] = 1, 64
-    else:
+    elif has_bottlenecks:
         groups = max(width // max(source.size(f"{block}.conv2.weight", axis=1), 1), 1)
         needed["MODEL.RESNETS.NUM_GROUPS"] = groups
         needed["MODEL.RESNETS.WIDTH_PER_GROUP"] = width // groups
@@ -94,20 +91,19 @@ def _infer_deformation(source: Source, cfg: CfgNode | None) -> dict[str, Any]:
         return {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": stages}
     # An offset in y and x for each of 3x3 taps, and a weight if they are modulated.
     channels = source.size(f"{offsets[stages.index(True)]}.weight")
-    kinds = {on: channels // n for on, n in ((False, 18), (True, 27)) if channels % n == 0}
-    if len(kinds) == 2:
+    modulated = channels % 18 != 0 and channels % 27 == 0
+    if channels % 54 == 0:
         if cfg is None:
             raise InputError(
-                f"Weights file {source.path}: {channels} offset channels are either {kinds[False]} "
-                f"groups of 18 or {kinds[True]} modulated groups of 27. Of --config-file, "
-                "MODEL.RESNETS.DEFORM_MODULATED decides"
+                f"Weights file {source.path}: {channels} offset channels are either "
+                f"{channels // 18} groups of 18 or {channels // 27} modulated groups of 27. Of "
+                "--config-file, MODEL.RESNETS.DEFORM_MODULATED decides"
             )
-        kinds = {k: v for k, v in kinds.items() if k == cfg.MODEL.RESNETS.DEFORM_MODULATED}
-    modulated, groups = next(iter(kinds.items()), (False, 1))
+        modulated = cfg.MODEL.RESNETS.DEFORM_MODULATED
     return {
         "MODEL.RESNETS.DEFORM_ON_PER_STAGE": stages,
         "MODEL.RESNETS.DEFORM_MODULATED": modulated,
-        "MODEL.RESNETS.DEFORM_NUM_GROUPS": groups,
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS": max(channels // (27 if modulated else 18), 1),
     }
 
 
@@ -161,28 +157,20 @@ def describe(needed: Mapping[str, Any]) -> str:
 
 def find_differences(needed: Mapping[str, Any], cfg: CfgNode) -> dict[str, Any]:
     """Those of the needed values that a config has not."""
-    differences = {}
-    for key, value in needed.items():
-        found = _get(cfg, key)
-        fits = found == value or (key == "MODEL.RESNETS.NORM" and found in _BATCH_NORMS)
-        if key == "MODEL.BACKBONE.NAME" and "MODEL.GFL.NUM_CLASSES" not in needed:
-            # Weights of a plain ResNet alone suit every detector that has one.
-            fits = fits or ("resnet" in found and "resnet" in value)
-        if not fits:
-            differences[key] = value
+    differences = {key: value for key, value in needed.items() if get_value(cfg, key) != value}
+    if cfg.MODEL.RESNETS.NORM in _BATCH_NORMS:
+        differences.pop("MODEL.RESNETS.NORM", None)
+    is_detector, name = "MODEL.GFL.NUM_CLASSES" in needed, "MODEL.BACKBONE.NAME"
+    # Weights of a plain ResNet alone suit every detector that has one.
+    if not is_detector and "resnet" in needed[name] and "resnet" in get_value(cfg, name):
+        differences.pop(name, None)
     return differences
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), cfg)
 
 
 def check_config(needed: Mapping[str, Any], cfg: CfgNode, config_file: str) -> dict[str, Any]:
     """
-    Check that weights fit the config that a file has.
-
-    Returns:
-        dict: what fits and yet has to be changed: old anchor centres.
+    Check that weights fit the config that a file has. What fits and yet has to be changed is
+    returned: old anchor centers.
 
     Raises:
         InputError: they do not; the message names each key and both its values.
@@ -191,7 +179,7 @@ def check_config(needed: Mapping[str, Any], cfg: CfgNode, config_file: str) -> d
     key = "MODEL.GFL.LEGACY_ANCHOR_CENTERS"
     advice = {key: wrong.pop(key)} if wrong.get(key) else {}
     if wrong:
-        details = (f"{key} is {_get(cfg, key)!r}, not {value!r}" for key, value in wrong.items())
+        details = (f"{k} is {get_value(cfg, k)!r}, not {value!r}" for k, value in wrong.items())
         raise InputError(
             f"Config file '{config_file}' does not fit the weights, which are of "
             f"{describe(needed)}. In the config {'; '.join(details)}"
@@ -203,8 +191,8 @@ def find_configs(
     needed: Mapping[str, Any], config_files: Iterable[str | os.PathLike]
 ) -> dict[str, dict[str, Any]]:
     """
-    Those of the files that fit best, each with the keys that have to be changed: the same number
-    of them for each. A backbone of another kind never fits.
+    The files that fit best, each with the keys that have to be changed, of which all have the same
+    number. A backbone of another kind never fits.
     """
     found = {}
     for file in sorted(map(os.fspath, config_files)):

@@ -27,6 +27,13 @@ _READ_AS_NOTHING = [
     *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
 ]
 
+_REFUSED = (
+    "Weights file {path} holds more than tensors and plain data: it names {name}. It is refused, "
+    "and nothing in it has been executed. If you trust it, save its weights alone where it comes "
+    "from: c = torch.load(..., weights_only=False); torch.save({{'state_dict': c['state_dict'], "
+    "'meta': {{'CLASSES': (...)}}}}, ...)"
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -71,22 +78,14 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True)
     # Bytes that are no checkpoint can make unpickling raise anything.
     except Exception as error:
-        raise InputError(f"Weights file {path} {_explain_unreadable(error)}") from None
+        refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        if refused:
+            raise InputError(_REFUSED.format(path=path, name=refused[1])) from None
+        # What comes before the reason is advice to load the file regardless.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        text = f"Weights file {path} cannot be read: {type(error).__name__}: {reason}"
+        raise InputError(text.splitlines()[0]) from None
     return _unwrap(path, content)
-
-
-def _explain_unreadable(error: Exception) -> str:
-    refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
-    if refused:
-        return (
-            f"holds more than tensors and plain data: it names {refused[1]}. It is refused, and "
-            "nothing in it has been executed. If you trust it, save its weights alone where it "
-            "comes from: c = torch.load(..., weights_only=False); torch.save("
-            "{'state_dict': c['state_dict'], 'meta': {'CLASSES': (...)}}, ...)"
-        )
-    # What comes before the reason is advice to load the file regardless.
-    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return f"cannot be read: {type(error).__name__}: {reason}".splitlines()[0]
 
 
 def _unwrap(path: str, content: Any) -> Checkpoint:
@@ -140,5 +139,5 @@ def check_output(path: str | os.PathLike, *, source: str = "") -> None:
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.is_dir():
         raise InputError(f"{path} cannot be written: it is a folder")
-    if source and path.exists() and os.path.samefile(path, source):
+    if source and path.exists() and path.samefile(source):
         raise InputError(f"{path} is the file to convert: it is not overwritten")

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import Tensor
 
+from ..checkpoint import describe_problems
 from ..config import add_gfl_config
 from ..errors import InputError, name_some
 from .facts import describe, infer_config
@@ -50,8 +51,8 @@ def from_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion
     Args:
         checkpoint: see :func:`read_checkpoint`.
         cfg: decides what weights may leave open: whether the last class channel of a GFLv2 model
-            is the background, and the kind of deformable convolutions in several groups. Whether
-            all of it fits is for :func:`check_config` to say.
+            is the background, and the kind of deformable convolutions in several groups. Only
+            :func:`check_config` compares all of it.
 
     Raises:
         InputError: the weights are of another model, or incomplete; the message names the keys.
@@ -63,10 +64,10 @@ def from_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion
         )
     is_detector = any(name.startswith(("bbox_head.", "neck.")) for name in weights)
     pattern = _LEFT_OUT if is_detector else f"{_LEFT_OUT}|{_CLASSIFIER}"
-    left_out = {name for name in weights if re.fullmatch(pattern, name)}
-    notes = [f"Left out: {name_some(sorted(left_out))}."] if left_out else []
-    bins = {name: weights[name] for name in (_BINS, _LEGACY_BINS) if name in weights}
-    weights = {n: value for n, value in weights.items() if n not in left_out and n not in bins}
+    left_out = sorted(name for name in weights if re.fullmatch(pattern, name))
+    notes = [f"Left out: {name_some(left_out)}."] if left_out else []
+    weights = {name: value for name, value in weights.items() if name not in left_out}
+    bins = {name: weights.pop(name) for name in (_BINS, _LEGACY_BINS) if name in weights}
     source = Source(path, weights, is_ours=False)
     needed = infer_config(source, is_detector, cfg)
     model = _take_all(source, needed)
@@ -106,13 +107,8 @@ def to_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion:
     Convert a checkpoint of ours to MMDetection's format. The bins and counters that MMDetection
     has besides are made. A GFLv2 model gets no channel for the background.
 
-    Args:
-        checkpoint: see :func:`read_checkpoint`.
-        cfg: decides what weights may leave open: the kind of deformable convolutions in several
-            groups, and the box representation if there are two numbers a side.
-
-    Raises:
-        InputError: the weights are of another model, or incomplete; the message names the keys.
+    Arguments and errors are those of :func:`from_mmdet`. ``cfg`` decides the kind of deformable
+    convolutions in several groups, and the box representation if there are two numbers a side.
     """
     path, weights = checkpoint.path, unpack(checkpoint.weights)
     if not _is_ours(weights):
@@ -153,8 +149,8 @@ def _is_ours(weights: Mapping[str, Tensor]) -> bool:
 def _has_background(checkpoint: Checkpoint, channels: int, cfg: CfgNode | None) -> bool:
     """Whether the last class channel of a GFLv2 model is of no class, as in the authors'."""
     # MMDetection 2 and 3 have the names of the classes in different places.
-    dataset = checkpoint.meta.get("dataset_meta")
-    places = (checkpoint.meta, dataset if isinstance(dataset, Mapping) else {})
+    places = (checkpoint.meta, checkpoint.meta.get("dataset_meta"))
+    places = [place for place in places if isinstance(place, Mapping)]
     names = [place.get(key) for place in places for key in ("CLASSES", "classes")]
     candidates = [len(value) for value in names if isinstance(value, (list, tuple))][:1]
     candidates += [] if cfg is None else [cfg.MODEL.GFL.NUM_CLASSES]
@@ -169,12 +165,7 @@ def _has_background(checkpoint: Checkpoint, channels: int, cfg: CfgNode | None) 
 
 
 def _take_all(source: Source, needed: Mapping[str, Any]) -> dict[str, Tensor]:
-    """
-    The parameters of the model with this config, but for counters, by name here.
-
-    Raises:
-        InputError: the file has not exactly these parameters.
-    """
+    """The model's parameters, but for counters, by name here, if the file has exactly these."""
     taken, missing, wrong, extra = {}, [], [], dict.fromkeys(source.weights)
     for here, shape in _expected_shapes(source.path, needed).items():
         there, is_counter = source.find(here), here.endswith(COUNTER)
@@ -190,11 +181,10 @@ def _take_all(source: Source, needed: Mapping[str, Any]) -> dict[str, Tensor]:
         if not is_counter:
             taken[here] = value
     problems = {"Not in the file": missing, "Not in the model": extra, "Not as in the model": wrong}
-    texts = [f"{what} ({len(n)}): {name_some(n, 10)}" for what, n in problems.items() if n]
-    if texts:
+    if any(problems.values()):
         raise InputError(
             f"Weights file {source.path} is not all of a model and nothing else. The nearest is "
-            f"{describe(needed)}. {'. '.join(texts)}"
+            f"{describe(needed)}. {describe_problems(problems, 10)}"
         )
     return taken
 

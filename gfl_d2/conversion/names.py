@@ -16,9 +16,9 @@ BOTTOM_UP = "backbone.bottom_up"
 # How the name of a BatchNorm's counter ends. A frozen norm has none.
 COUNTER = ".num_batches_tracked"
 
-# Patterns of modules here, what they are called there, and what their normalization is, if they
-# have one. Where several patterns fit, MMDetection's name is the first. Those of a backbone are
-# for names without "bottom_up", and with "layer1" for "res2".
+# Patterns of modules here, what they are called there, and their normalizations. Where several
+# patterns fit, MMDetection's name is the first. Those of a backbone are for names without
+# "bottom_up", and with "layer1" for "res2".
 _RULES = (
     *((rf"backbone\.fpn_lateral{i + 3}", f"neck.lateral_convs.{i}.conv", "") for i in range(3)),
     *((rf"backbone\.fpn_output{i + 3}", f"neck.fpn_convs.{i}.conv", "") for i in range(3)),
@@ -77,9 +77,7 @@ class Source:
     """The weights of a file, asked for by the names that they have here."""
 
     def __init__(self, path: str, weights: Mapping[str, Tensor], *, is_ours: bool):
-        self.path = path
-        self.weights = weights
-        self.is_ours = is_ours
+        self.path, self.weights, self.is_ours = path, weights, is_ours
         self.is_res2net = any(".convs." in name for name in weights)
         prefixes = ("backbone.", "neck.", "bbox_head.")
         self.has_prefix = any(name.startswith(prefixes) for name in weights)

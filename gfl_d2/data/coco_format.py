@@ -7,16 +7,16 @@ import logging
 import math
 import os
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
 
 from ..errors import InputError, name_some
 
-__all__ = ["CocoFormatSummary", "register_coco_format", "registered_summary"]
+__all__ = ["register_coco_format"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,29 +25,6 @@ _REQUIRED_KEYS = {
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
 }
-# Annotation keys that training can do without, but pycocotools' evaluation cannot.
-_EVALUATION_KEYS = ("area", "iscrowd")
-
-
-@dataclass(frozen=True)
-class CocoFormatSummary:
-    """What is known of a registered dataset without loading it again."""
-
-    json_file: str
-    image_root: str
-    num_images: int
-    # Images with a box to train on: not a crowd, and with some area inside the image.
-    num_images_with_boxes: int
-    # Why the file is unfit for evaluation, "" if it is fit.
-    evaluation_problem: str
-
-
-_registered: dict[str, CocoFormatSummary] = {}
-
-
-def registered_summary(name: str) -> CocoFormatSummary | None:
-    """The summary of a dataset registered by :func:`register_coco_format`, None for others."""
-    return _registered.get(name) if name in DatasetCatalog else None
 
 
 def register_coco_format(
@@ -61,56 +38,61 @@ def register_coco_format(
 
     Args:
         name: to register under; not one of Detectron2's own.
-        json_file: annotations.
-        image_root: the folder that ``file_name`` in the JSON file is relative to.
+        json_file, image_root: annotations, and the folder that their ``file_name`` is relative to.
 
     Raises:
         InputError: the file or an image is missing, the file is not sound (the message names the
             item), or ``name`` is taken by other data.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+    metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
-        _check_is_same(name, json_file, image_root)
+        _check_is_same(metadata, json_file, image_root)
         return
     data = _read_json(json_file)
-    summary = _check_coco_format(json_file, image_root, data)
-
-    categories = sorted(data["categories"], key=lambda category: category["id"])
-    # Set at once, where load_coco_json would set them only when the data is first loaded.
-    MetadataCatalog.get(name).set(
+    categories, images, annotations = (
+        _index_by_id(json_file, kind, data) for kind in _REQUIRED_KEYS
+    )
+    _check_records(json_file, categories, images, annotations)
+    _check_image_files(json_file, image_root, images.values())
+    with_area = _filter_boxes_with_area(json_file, annotations.values(), images)
+    # Set at once, where load_coco_json would set classes only when the data is first loaded.
+    metadata.set(
         json_file=json_file,
         image_root=image_root,
         evaluator_type="coco",
-        thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+        thing_classes=[categories[id]["name"] for id in sorted(categories)],
+        thing_dataset_id_to_contiguous_id={id: i for i, id in enumerate(sorted(categories))},
+        num_images=len(images),
+        # With a box to train on: not a crowd, and with some area inside the image.
+        num_images_with_boxes=len({a["image_id"] for a in with_area if not a.get("iscrowd", 0)}),
+        # Why the file is unfit for evaluation, "" if it is fit.
+        evaluation_problem=_evaluation_problem(json_file, annotations),
     )
     DatasetCatalog.register(name, lambda: _load(name, json_file, image_root))
-    _registered[name] = summary
 
 
 def _load(name: str, json_file: str, image_root: str) -> list[dict]:
     """The dataset in Detectron2's format, without boxes that have no area in their image."""
     records = load_coco_json(json_file, image_root, name)
     for record in records:
-        record["annotations"] = [
-            annotation
-            for annotation in record["annotations"]
-            if _has_area(annotation["bbox"], record["width"], record["height"])
-        ]
+        size = record["width"], record["height"]
+        annotations = record["annotations"]
+        record["annotations"] = [a for a in annotations if _has_area(a["bbox"], *size)]
     return records
 
 
-def _check_is_same(name: str, json_file: str, image_root: str) -> None:
-    summary = registered_summary(name)
-    if summary is None:
+def _check_is_same(metadata: Metadata, json_file: str, image_root: str) -> None:
+    name = metadata.name
+    if metadata.get("num_images") is None:
         raise InputError(
             f"The name '{name}' belongs to a dataset that is already registered, by Detectron2 or "
             "by other code: choose another"
         )
-    if (summary.json_file, summary.image_root) != (json_file, image_root):
+    if (metadata.json_file, metadata.image_root) != (json_file, image_root):
         raise InputError(
-            f"Dataset '{name}' is registered twice, with {summary.json_file} and "
-            f"{summary.image_root}, then with {json_file} and {image_root}"
+            f"Dataset '{name}' is registered twice, with {metadata.json_file} and "
+            f"{metadata.image_root}, then with {json_file} and {image_root}"
         )
 
 
@@ -124,46 +106,31 @@ def _read_json(json_file: str) -> Any:
         raise InputError(f"{json_file} cannot be read as JSON: {error}") from None
 
 
-def _check_coco_format(json_file: str, image_root: str, data: Any) -> CocoFormatSummary:
-    """
-    Check the content of a JSON file, and that its images exist.
-
-    Raises:
-        InputError: naming the file and the first item that is not sound.
-    """
-    categories, images, annotations = (
-        _index_by_id(json_file, kind, _get_records(json_file, kind, data))
-        for kind in _REQUIRED_KEYS
-    )
+def _check_records(json_file: str, categories: dict, images: dict, annotations: dict) -> None:
     if not categories:
         raise InputError(f"{json_file} has no categories")
-    for category in categories.values():
+    for id, category in categories.items():
         if not isinstance(category["name"], str) or not category["name"]:
-            raise InputError(f"{json_file}: category {category['id']} has no proper name")
-    for image in images.values():
-        _check_image_record(json_file, image)
+            raise InputError(f"{json_file}: category {id} has no proper name")
+    for id, image in images.items():
+        if not isinstance(image["file_name"], str) or not image["file_name"]:
+            raise InputError(f"{json_file}: image {id} has no proper file_name")
+        if not all(_is_number(image[key]) and image[key] > 0 for key in ("width", "height")):
+            raise InputError(
+                f"{json_file}: image {id} ({image['file_name']}) has width {image['width']!r} and "
+                f"height {image['height']!r}, which must be positive numbers"
+            )
     for annotation in annotations.values():
         _check_annotation(json_file, annotation, images, categories)
-    _check_image_files(json_file, image_root, images.values())
     if 0 in annotations:
         logger.warning(
             f"{json_file}: id 0 in 'annotations', which COCO evaluation takes for 'no match': that "
             "box always counts as missed. Ids should start from 1."
         )
 
-    with_area = _filter_boxes_with_area(json_file, annotations.values(), images)
-    images_with_boxes = {a["image_id"] for a in with_area if not a.get("iscrowd", 0)}
-    return CocoFormatSummary(
-        json_file=json_file,
-        image_root=image_root,
-        num_images=len(images),
-        num_images_with_boxes=len(images_with_boxes),
-        evaluation_problem=_evaluation_problem(json_file, annotations),
-    )
 
-
-def _get_records(json_file: str, kind: str, data: Any) -> list[dict]:
-    """The list under the key ``kind``, after a check that its items have the keys they need."""
+def _index_by_id(json_file: str, kind: str, data: Any) -> dict[Any, dict]:
+    """The list under the key ``kind``, by id, if its items have the keys that they need."""
     if not isinstance(data, dict) or not isinstance(data.get(kind), list):
         raise InputError(f"{json_file} is not in COCO format: it has no list '{kind}'")
     for index, record in enumerate(data[kind]):
@@ -173,30 +140,16 @@ def _get_records(json_file: str, kind: str, data: Any) -> list[dict]:
         if missing:
             which = f", id {record['id']}," if "id" in record else ""
             raise InputError(f"{json_file}: item {index} of '{kind}'{which} lacks {missing}")
-    return data[kind]
-
-
-def _index_by_id(json_file: str, kind: str, records: Iterable[dict]) -> dict[Any, dict]:
     # Text as the id of an image is common, and harmless.
     types = (int, str) if kind == "images" else int
     by_id = {}
-    for record in records:
+    for record in data[kind]:
         if not isinstance(record["id"], types):
             raise InputError(f"{json_file}: id {record['id']!r} in '{kind}' is not an integer")
         if record["id"] in by_id:
             raise InputError(f"{json_file}: id {record['id']} occurs twice in '{kind}'")
         by_id[record["id"]] = record
     return by_id
-
-
-def _check_image_record(json_file: str, image: dict) -> None:
-    if not isinstance(image["file_name"], str) or not image["file_name"]:
-        raise InputError(f"{json_file}: image {image['id']} has no proper file_name")
-    if not all(_is_number(image[key]) and image[key] > 0 for key in ("width", "height")):
-        raise InputError(
-            f"{json_file}: image {image['id']} ({image['file_name']}) has width "
-            f"{image['width']!r} and height {image['height']!r}, which must be positive numbers"
-        )
 
 
 def _check_annotation(json_file: str, annotation: dict, images: dict, categories: dict) -> None:
@@ -228,13 +181,8 @@ def _check_image_files(json_file: str, image_root: str, images: Iterable[dict]) 
         raise InputError(f"{image_root}, the folder with the images of {json_file}, does not exist")
     paths = [os.path.join(image_root, image["file_name"]) for image in images]
     # One listing per folder: on a network drive much faster than one question per image.
-    folders = {os.path.dirname(path) for path in paths}
-    existing = {
-        os.path.join(folder, file)
-        for folder in folders
-        if os.path.isdir(folder)
-        for file in os.listdir(folder)
-    }
+    folders = filter(os.path.isdir, {os.path.dirname(path) for path in paths})
+    existing = {os.path.join(folder, file) for folder in folders for file in os.listdir(folder)}
     missing = [path for path in paths if path not in existing and not os.path.isfile(path)]
     if missing:
         raise InputError(
@@ -243,9 +191,7 @@ def _check_image_files(json_file: str, image_root: str, images: Iterable[dict]) 
         )
 
 
-def _filter_boxes_with_area(
-    json_file: str, annotations: Iterable[dict], images: dict
-) -> list[dict]:
+def _filter_boxes_with_area(json_file: str, annotations: Iterable[dict], images: dict) -> list:
     """The annotations whose box has some area in its image, and one warning for the others."""
     with_area, without_area = [], []
     for annotation in annotations:
@@ -263,12 +209,12 @@ def _filter_boxes_with_area(
 
 
 def _evaluation_problem(json_file: str, annotations: dict) -> str:
-    for key in _EVALUATION_KEYS:
+    # Training can do without these keys, but pycocotools' evaluation cannot.
+    for key in ("area", "iscrowd"):
         lacking = [id for id, annotation in annotations.items() if key not in annotation]
         if lacking:
-            return (
-                f"{json_file} has {len(lacking)} annotations without '{key}': {name_some(lacking)}"
-            )
+            names = name_some(lacking)
+            return f"{json_file} has {len(lacking)} annotations without '{key}': {names}"
     return ""
 
 

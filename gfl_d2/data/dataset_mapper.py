@@ -1,7 +1,5 @@
 """Detectron2's dataset mapper with errors that name the image, and flips in both directions."""
 
-from __future__ import annotations
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -11,6 +9,13 @@ from PIL import Image
 from ..errors import InputError
 
 __all__ = ["GFLDatasetMapper"]
+
+
+# Why an image cannot be read, where Pillow's own message is no good.
+_REASONS = {
+    FileNotFoundError: "no such file",
+    Image.UnidentifiedImageError: "it is not an image",
+}
 
 
 class GFLDatasetMapper(DatasetMapper):
@@ -33,15 +38,8 @@ class GFLDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
-        Args:
-            dataset_dict: one image in Detectron2's dataset format.
-
-        Returns:
-            dict: what Detectron2's models take.
-
-        Raises:
-            InputError: the image is missing, truncated, no image, or of another size than the
-                annotations say; the message names the file.
+        It is an InputError, which names the file, if the image is missing, truncated, no image, or
+        of another size than the annotations say.
         """
         try:
             return super().__call__(dataset_dict)
@@ -49,13 +47,6 @@ class GFLDatasetMapper(DatasetMapper):
             raise InputError(str(error)) from None
         # Pillow raises SyntaxError for some kinds of damage in PNG files.
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"Cannot read image {_describe(dataset_dict, error)}") from None
-
-
-def _describe(dataset_dict: dict, error: Exception) -> str:
-    image = f"{dataset_dict['file_name']} (image_id {dataset_dict.get('image_id')})"
-    if isinstance(error, FileNotFoundError):
-        return f"{image}: no such file"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return f"{image}: it is not an image"
-    return f"{image}: {error}"
+            image = f"{dataset_dict['file_name']} (image_id {dataset_dict.get('image_id')})"
+            reason = _REASONS.get(type(error), error)
+            raise InputError(f"Cannot read image {image}: {reason}") from None

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from ..errors import InputError
-from .coco_format import register_coco_format, registered_summary
+from ..errors import InputError, name_some
+from .coco_format import register_coco_format
 
 __all__ = ["check_datasets", "load_training_dicts", "loading", "register_datasets"]
 
@@ -37,11 +37,9 @@ def register_datasets(cfg: CfgNode, required: Iterable[str] | None = None) -> No
     then in the folder that the environment variable ``DETECTRON2_DATASETS`` names ("datasets" by
     default).
 
-    Args:
-        cfg: a Detectron2 config with the keys of this project.
-        required: the names whose data must be there and sound, by default all of
-            ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Others are registered if they can be, so
-            that one config serves where only some of its data is.
+    Data of the ``required`` names, by default all of ``DATASETS.TRAIN`` and ``DATASETS.TEST``, must
+    be there and sound. Others are registered if they can be, so that one config serves where only
+    some of its data is.
 
     Raises:
         InputError: an entry is malformed, or the data of a required one missing or not sound.
@@ -49,7 +47,14 @@ def register_datasets(cfg: CfgNode, required: Iterable[str] | None = None) -> No
     if required is None:
         required = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for entry in cfg.DATASETS.REGISTER:
-        name, json_file, image_root = _check_entry(entry)
+        is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
+        if not is_triple or not all(isinstance(item, str) and item for item in entry):
+            raise InputError(
+                "DATASETS.REGISTER must be a list of [name, json_file, image_root], for instance "
+                "[['cells_train', 'cells/train.json', 'cells/images']], but has the entry "
+                f"{entry!r}"
+            )
+        name, json_file, image_root = entry
         try:
             register_coco_format(
                 name,
@@ -60,20 +65,6 @@ def register_datasets(cfg: CfgNode, required: Iterable[str] | None = None) -> No
             if name in required:
                 raise
             logger.info(f"Dataset '{name}' is not needed here and not registered: {error}")
-
-
-def _check_entry(entry: object) -> tuple[str, str, str]:
-    is_valid = (
-        isinstance(entry, (list, tuple))
-        and len(entry) == 3
-        and all(isinstance(item, str) and item for item in entry)
-    )
-    if not is_valid:
-        raise InputError(
-            "DATASETS.REGISTER must be a list of [name, json_file, image_root], for instance "
-            f"[['cells_train', 'cells/train.json', 'cells/images']], but has the entry {entry!r}"
-        )
-    return tuple(entry)
 
 
 def _find(name: str, kind: str, path: str, exists: Callable[[str], bool]) -> str:
@@ -93,13 +84,9 @@ def _datasets_root() -> str:
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """
-    Check the datasets that training (or evaluation alone) will use against each other and
-    against the model, to be called before the model is built. Data of datasets registered by
+    Check the datasets that training (or evaluation alone: ``eval_only``) will use against each
+    other and against the config, before the model is built. Data of datasets registered by
     :func:`register_datasets` and of Detectron2's own is not loaded for this.
-
-    Args:
-        cfg: a Detectron2 config with the keys of this project.
-        eval_only: ``DATASETS.TRAIN`` is not used.
 
     Raises:
         InputError: an unknown name, missing files, an empty dataset, one that cannot be evaluated,
@@ -115,29 +102,25 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
         _check_exists(name)
     _check_not_empty(names, train, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     for name in test:
-        summary = registered_summary(name)
-        if summary is not None and summary.evaluation_problem:
-            raise InputError(
-                f"Dataset '{name}' cannot be evaluated as it is: {summary.evaluation_problem}"
-            )
+        problem = MetadataCatalog.get(name).get("evaluation_problem")
+        if problem:
+            raise InputError(f"Dataset '{name}' cannot be evaluated as it is: {problem}")
     classes = {name: _class_names(name) for name in names}
     classes = {name: known for name, known in classes.items() if known is not None}
-    _check_num_classes(cfg, classes)
+    node = _NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE)
+    if node is not None:
+        _check_num_classes(f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES, classes)
     _check_same_classes(classes)
 
 
 def load_training_dicts(cfg: CfgNode) -> list[dict]:
     """
     The images of ``DATASETS.TRAIN`` in Detectron2's format, without those that have no box if
-    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so.
-
-    Raises:
-        InputError: nothing is left.
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so. It is an InputError if nothing is left.
     """
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     with loading(cfg.DATASETS.TRAIN):
-        return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
+        return get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
 
 
 @contextlib.contextmanager
@@ -160,9 +143,8 @@ def loading(names: Sequence[str]) -> Iterator[None]:
 
 def _comes_from_other_code(error: BaseException) -> bool:
     """Whether a function was on the way to the error that is none of those that read files."""
-    modules = (
-        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    modules = (frame.f_globals.get("__name__", "") for frame in frames)
     return any(name.partition(".")[0] not in _READERS for name in modules)
 
 
@@ -186,18 +168,14 @@ def _check_exists(name: str) -> None:
 
 
 def _check_not_empty(names: tuple[str, ...], train: tuple[str, ...], needs_boxes: bool) -> None:
-    summaries = {name: registered_summary(name) for name in names}
-    for name, summary in summaries.items():
-        if summary is not None and not summary.num_images:
-            raise InputError(f"Dataset '{name}' is empty: {summary.json_file} has no images")
-    # Of other datasets load_training_dicts tells, when they are loaded.
-    known = [summaries[name] for name in train if summaries[name] is not None]
-    if (
-        needs_boxes
-        and len(known) == len(train) > 0
-        and not any(s.num_images_with_boxes for s in known)
-    ):
-        files = ", ".join(summary.json_file for summary in known)
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("num_images") == 0:
+            raise InputError(f"Dataset '{name}' is empty: {metadata.json_file} has no images")
+    # Of datasets that others registered load_training_dicts tells, when they are loaded.
+    known = [MetadataCatalog.get(name) for name in train]
+    if needs_boxes and train and all(m.get("num_images_with_boxes") == 0 for m in known):
+        files = ", ".join(metadata.json_file for metadata in known)
         raise InputError(
             f"No image of DATASETS.TRAIN {train} has a box to train on ({files}), and "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without"
@@ -214,17 +192,12 @@ def _class_names(name: str) -> list[str] | None:
     return metadata.get("thing_classes")
 
 
-def _check_num_classes(cfg: CfgNode, classes: dict[str, list[str]]) -> None:
-    node = _NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE)
-    if node is None:
-        return
-    num_classes = cfg.MODEL[node].NUM_CLASSES
+def _check_num_classes(key: str, number: int, classes: dict[str, list[str]]) -> None:
     for name, names in classes.items():
-        if len(names) != num_classes:
+        if len(names) != number:
             raise InputError(
-                f"MODEL.{node}.NUM_CLASSES is {num_classes}, but dataset '{name}' has "
-                f"{len(names)} classes ({_shorten(names)}): set MODEL.{node}.NUM_CLASSES "
-                f"{len(names)}"
+                f"{key} is {number}, but dataset '{name}' has {len(names)} classes "
+                f"({name_some(names, 8)}): set {key} {len(names)}"
             )
 
 
@@ -237,7 +210,3 @@ def _check_same_classes(classes: dict[str, list[str]]) -> None:
                     f"Datasets '{first}' and '{second}' must have the same classes in the same "
                     f"order, but class {index} is {name!r} in the one, {other!r} in the other"
                 )
-
-
-def _shorten(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,7 +1,5 @@
 """Compiling backbone and head by torch.compile."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
@@ -12,12 +10,11 @@ __all__ = ["begin_step", "compile_parts"]
 
 def compile_parts(model: nn.Module, mode: str) -> None:
     """
-    Compile backbone and head, when they are first called. What follows them is left as it is: its
-    shapes depend on values.
+    Compile backbone and head in place, when they are first called. Parameters keep their names.
+    What follows the head is left as it is: its shapes depend on values.
 
     Args:
-        model: a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector`. Changed in
-            place; its parameters and their names are not.
+        model: a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector`.
         mode: of :func:`torch.compile`; "" for not at all.
 
     Raises:

@@ -1,7 +1,5 @@
 """Fold BatchNorms into convolutions: the same results, up to rounding."""
 
-from __future__ import annotations
-
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
@@ -20,26 +18,19 @@ _NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNor
 @torch.no_grad()
 def fuse_norms(model: nn.Module) -> None:
     """
-    Fold each BatchNorm that is frozen or in eval mode into the convolution before it, for good.
+    Fold each BatchNorm that is frozen or in eval mode into the convolution before it, in place, for
+    good: the model cannot be trained any more.
 
     Known types are folded: :class:`detectron2.layers.Conv2d` and this project's
     :class:`DeformConv2d`, with their norm in the attribute ``norm``. All others stay as they are.
-
-    Args:
-        model: changed in place. It cannot be trained any more.
     """
     for conv in model.modules():
         if type(conv) not in _CONVS or not _can_fold(conv):
             continue
         norm = conv.norm
+        statistics = (norm.running_mean, norm.running_var, norm.eps)
         conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight,
-            conv.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
+            conv.weight, conv.bias, *statistics, norm.weight, norm.bias
         )
         conv.norm = None
 

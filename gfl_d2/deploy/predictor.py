@@ -1,7 +1,5 @@
 """Models made faster for inference, with the same results."""
 
-from __future__ import annotations
-
 import functools
 import logging
 
@@ -15,9 +13,8 @@ from ..config import choose_device
 from ..errors import InputError
 from .compilation import compile_parts
 from .fusing import fuse_norms
-from .precision import has_fast_bfloat16
 
-__all__ = ["Predictor", "prepare_for_inference"]
+__all__ = ["Predictor", "has_fast_bfloat16", "prepare_for_inference"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +29,8 @@ class Predictor(DefaultPredictor):
 
     def __init__(self, cfg: CfgNode):
         """
-        Args:
-            cfg: with the keys of :func:`gfl_d2.add_gfl_config`. Not changed.
-
-        Raises:
-            InputError: ``MODEL.WEIGHTS`` does not fit the model, or ``INPUT.FORMAT`` is neither
-                "BGR" nor "RGB".
+        It is an InputError if ``MODEL.WEIGHTS`` does not fit the model, or if ``INPUT.FORMAT`` is
+        neither "BGR" nor "RGB".
         """
         if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
             raise InputError(
@@ -54,16 +47,20 @@ class Predictor(DefaultPredictor):
         prepare_for_inference(cfg, self.model)
 
 
+def has_fast_bfloat16(device_type: str) -> bool:
+    """Whether convolutions in bfloat16 are not slower than in float32 on this machine."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    # Not in every version of PyTorch, nor on every processor.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
 def prepare_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """
-    Make a model with its weights in place faster, in place. It cannot be trained any more.
-
-    Args:
-        cfg: ``TEST.OPTIMIZE``, ``TEST.PRECISION`` and ``TEST.COMPILE``.
-        model: a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector`.
-
-    Returns:
-        the same model, in eval mode.
+    Make a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector` faster that has its
+    weights, as ``TEST.OPTIMIZE``, ``TEST.PRECISION`` and ``TEST.COMPILE`` say. It is changed in
+    place, returned in eval mode, and cannot be trained any more.
     """
     model.eval()
     device_type = next(model.parameters()).device.type

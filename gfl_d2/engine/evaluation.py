@@ -1,17 +1,10 @@
 """Evaluators by the type of a dataset."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable
 
+from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
 
 from ..errors import InputError
 
@@ -24,8 +17,6 @@ _KNOWN = ("coco", "lvis", "pascal_voc")
 
 def check_evaluators(names: Iterable[str]) -> None:
     """
-    Check that datasets can be evaluated, before their evaluation.
-
     Raises:
         InputError: the ``evaluator_type`` in a dataset's metadata is unknown here, or what it needs
             is not installed.
@@ -42,25 +33,19 @@ def check_evaluators(names: Iterable[str]) -> None:
             raise InputError(f"Evaluation of dataset '{name}' needs LVIS' API: pip install lvis")
 
 
-def build_evaluator(name: str, output_folder: str) -> DatasetEvaluator:
+def build_evaluator(name: str, output_folder: str) -> evaluation.DatasetEvaluator:
     """
-    Detectron2's evaluator for a dataset, by the ``evaluator_type`` in its metadata: COCO's where
-    there is none.
-
-    Args:
-        name: of a registered dataset.
-        output_folder: for its results.
-
-    Raises:
-        InputError: as :func:`check_evaluators`.
+    Detectron2's evaluator for a registered dataset, by the ``evaluator_type`` in its metadata:
+    COCO's where there is none. It raises what :func:`check_evaluators` does.
     """
     check_evaluators([name])
     kind = _evaluator_type(name)
     if kind == "lvis":
-        return LVISEvaluator(name, output_dir=output_folder)
+        return evaluation.LVISEvaluator(name, output_dir=output_folder)
     if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(name)
-    return COCOEvaluator(name, output_dir=output_folder, use_fast_impl=_has_fast_coco_eval())
+        return evaluation.PascalVOCDetectionEvaluator(name)
+    fast = _has_fast_coco_eval()
+    return evaluation.COCOEvaluator(name, output_dir=output_folder, use_fast_impl=fast)
 
 
 def _evaluator_type(name: str) -> str:

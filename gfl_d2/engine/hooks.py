@@ -1,7 +1,5 @@
 """Hooks of the trainer."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -10,7 +8,7 @@ import torch
 from detectron2.engine import HookBase
 
 from ..checkpoint import GFLCheckpointer
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 __all__ = ["BestModelSaver"]
 
@@ -29,32 +27,21 @@ class BestModelSaver(HookBase):
     FILE_NAME = "model_best.pth"
 
     def __init__(self, checkpointer: GFLCheckpointer, metric: str):
-        """
-        Args:
-            checkpointer: of the training: its model and folder.
-            metric: as it is logged, e.g. "bbox/AP".
-        """
-        self._checkpointer = checkpointer
+        """``metric``: as it is logged, e.g. "bbox/AP"."""
+        self._checkpointer, self._metric = checkpointer, metric
         self._path = os.path.join(checkpointer.save_dir, self.FILE_NAME)
-        self._metric = metric
-        self._best = -math.inf
-        self._last_seen = -1
+        self._best, self._last_seen = -math.inf, -1
 
     def before_train(self) -> None:
-        """
-        Raises:
-            InputError: ``model_best.pth`` is damaged.
-        """
+        """It is an InputError if ``model_best.pth`` is damaged."""
         if not os.path.isfile(self._path):
             return
         try:
             saved = torch.load(self._path, map_location="cpu", weights_only=True)
             metrics = saved.get("metrics", {})
         except Exception as error:  # unpickling may raise anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(
-                f"{self._path} cannot be read, move it out of the way: {reason}"
-            ) from None
+            advice = f"{self._path} cannot be read, move it out of the way"
+            raise InputError(f"{advice}: {first_line(error)}") from None
         if self._metric in metrics:
             self._best = metrics[self._metric]
             logger.info(f"Best {self._metric} so far: {self._best:.3f}")
@@ -63,18 +50,15 @@ class BestModelSaver(HookBase):
                 f"{self._path} was not kept for {self._metric}: the next evaluation replaces it."
             )
 
-    def after_step(self) -> None:
-        self._save_if_best()
-
     def after_train(self) -> None:
-        self._save_if_best()
+        self.after_step()
         if self._last_seen < 0 and self.trainer.iter >= self.trainer.max_iter:
             logger.warning(
                 f"No evaluation gave TEST.BEST_CHECKPOINT_METRIC {self._metric!r}: there is no "
                 f"{self.FILE_NAME} of this training."
             )
 
-    def _save_if_best(self) -> None:
+    def after_step(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self._metric, (math.nan, -1))
         if iteration <= self._last_seen:  # no evaluation since
             return

@@ -1,22 +1,74 @@
-"""Trainings that scripts start, each in a fresh folder of its own."""
+"""Trainings: their output folders and metrics, and those that scripts start."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from detectron2.config import CfgNode
+
 from ..errors import InputError
-from .metrics import read_metrics
+from .hooks import BestModelSaver
 
-__all__ = ["make_fresh_folder", "parse_arguments", "run_training"]
+__all__ = [
+    "check_output_folder", "inference_folder", "make_fresh_folder", "parse_arguments",
+    "read_metrics", "run_training",
+]  # fmt: skip
 
+# What a later training would be mixed with.
+_OF_A_TRAINING = ("last_checkpoint", BestModelSaver.FILE_NAME, "metrics.json")
 # Names the script that made a folder, which may delete it.
 _MARK = "made_by.txt"
+
+
+def check_output_folder(folder: str) -> None:
+    """It is an InputError if a new training would be mixed with an earlier one in its folder."""
+    for name in _OF_A_TRAINING:
+        path = os.path.join(folder, name)
+        # A training that came to nothing leaves an empty file of metrics.
+        if os.path.isfile(path) and os.path.getsize(path):
+            raise InputError(
+                f"OUTPUT_DIR {folder} holds an earlier training ({name}): go on with it by "
+                "--resume, name another OUTPUT_DIR, or delete it"
+            )
+
+
+def inference_folder(cfg: CfgNode, dataset: str = "") -> str:
+    """The folder of evaluation results; one of several datasets in DATASETS.TEST has its own."""
+    has_own = dataset and len(cfg.DATASETS.TEST) > 1
+    return os.path.join(cfg.OUTPUT_DIR, "inference", *([dataset] if has_own else []))
+
+
+def read_metrics(run: str | Path, name: str = "bbox/AP") -> dict[int, dict[str, float]]:
+    """
+    Read the ``metrics.json`` in the output folder of a training; it is an OSError if there is none.
+    Iterations without the metric ``name`` are left out.
+
+    Returns:
+        dict: iteration, from 1, -> all metrics of that iteration. In order; where a training was
+        resumed, or another one was started in the same folder, what came later replaces all that
+        was there from that iteration on. Detectron2 counts its evaluation after the last iteration
+        as one iteration more.
+    """
+    records, last = {}, -1
+    for line in (Path(run) / "metrics.json").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        iteration = record["iteration"]
+        # Within a training, records of an evaluation may come after those of later iterations;
+        # those of the losses are in order.
+        if "total_loss" in record:
+            if iteration <= last:  # a training starts
+                records = {i: records[i] for i in records if i <= iteration}
+            last = iteration
+        records.setdefault(iteration + 1, {}).update(record)
+    return {i: records[i] for i in sorted(records) if name in records[i]}
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -34,11 +86,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def make_fresh_folder(folder: str | Path, maker: str) -> None:
     """
-    Make an empty folder. One that the same maker made before is deleted with all that is in it.
-
-    Args:
-        folder: where.
-        maker: name of the script that needs it.
+    Make an empty folder. One that the same script, ``maker``, made before is deleted with all that
+    is in it.
 
     Raises:
         InputError: it exists, is not empty, and ``maker`` did not make it.
@@ -57,11 +106,8 @@ def make_fresh_folder(folder: str | Path, maker: str) -> None:
 
 def run_training(command: Sequence[str], folder: str | Path) -> dict[str, float]:
     """
-    Train in another process. Its log goes where ours goes.
-
-    Args:
-        command: starts ``train_net.py`` with a config and options.
-        folder: the ``OUTPUT_DIR``. No other training has written there.
+    Train in another process, by a command that starts ``train_net.py`` with a config and options.
+    Its log goes where ours goes. No other training has written to the folder, its ``OUTPUT_DIR``.
 
     Returns:
         dict: the box metrics of the evaluation after the last iteration, in percent: "AP", "AP50"

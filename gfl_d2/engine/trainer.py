@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -16,16 +17,13 @@ from torch import nn
 from ..checkpoint import GFLCheckpointer
 from ..config import check_config, check_training_config
 from ..data import GFLDatasetMapper, load_training_dicts, loading
-from ..deploy.compilation import compile_parts
-from ..deploy.precision import has_fast_bfloat16
+from ..deploy import compile_parts, has_fast_bfloat16
 from ..errors import InputError
-from .bfloat16 import BFloat16Trainer
 from .evaluation import build_evaluator, check_evaluators
 from .hooks import BestModelSaver
-from .output import check_output_folder, inference_folder
-from .solver import build_optimizer
+from .runs import check_output_folder, inference_folder
 
-__all__ = ["Trainer"]
+__all__ = ["BFloat16Trainer", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +39,27 @@ _TO_CHANGE = (
 )
 
 
+class BFloat16Trainer(SimpleTrainer):
+    """
+    :class:`SimpleTrainer` whose forward pass runs under autocast to bfloat16. Weights, gradients
+    and the optimizer stay in float32. bfloat16 has the range of float32, so gradients need no
+    scaling, unlike those of Detectron2's :class:`AMPTrainer`; and it works on a CPU too.
+    """
+
+    def run_step(self) -> None:
+        assert self.model.training, "The model was changed to eval mode"
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        device_type = next(self.model.parameters()).device.type
+        with torch.autocast(device_type, dtype=torch.bfloat16):
+            losses = self.model(data)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        self._write_metrics(losses, data_time)
+        self.optimizer.step()
+
+
 class Trainer(DefaultTrainer):
     """
     :class:`DefaultTrainer` with :class:`GFLDatasetMapper`, :class:`GFLCheckpointer`, evaluation by
@@ -48,16 +67,16 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        """
-        Raises:
-            InputError: the config or a dataset is wrong; nothing has been written then.
-        """
+        """It is an InputError if config or data are wrong; nothing has been written then."""
         check_config(cfg)
         check_training_config(cfg)
         check_evaluators(cfg.DATASETS.TEST)
         super().__init__(cfg)
-        if cfg.SOLVER.BF16:
-            self._use_bfloat16()
+        step = self._trainer
+        if cfg.SOLVER.BF16 and has_fast_bfloat16(next(self.model.parameters()).device.type):
+            self._trainer = BFloat16Trainer(step.model, step.data_loader, step.optimizer)
+        elif cfg.SOLVER.BF16:
+            logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
         compile_parts(self.checkpointer.model, cfg.SOLVER.COMPILE)
         num_frozen = sum(not p.requires_grad for p in self.model.parameters())
         if num_frozen and not cfg.MODEL.WEIGHTS:
@@ -65,13 +84,6 @@ class Trainer(DefaultTrainer):
                 f"MODEL.WEIGHTS is empty, but {num_frozen} parameters are frozen "
                 "(MODEL.BACKBONE.FREEZE_AT): unless training is resumed, they stay random."
             )
-
-    def _use_bfloat16(self) -> None:
-        step = self._trainer
-        if has_fast_bfloat16(next(step.model.parameters()).device.type):
-            self._trainer = BFloat16Trainer(step.model, step.data_loader, step.optimizer)
-        else:
-            logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
 
     def build_hooks(self) -> list[HookBase]:
         # In the place of Detectron2's, before the hook that saves is made with it.
@@ -94,20 +106,35 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
+        """
+        Detectron2's, which knows the ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "value" and "norm" (of
+        each parameter by itself), and "full_model": the norm of all gradients together is clipped.
+        """
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
+            return super().build_optimizer(cfg, model)
+
+        def clip_gradients(optimizer, args, kwargs):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        without_clipping = cfg.clone()
+        without_clipping.defrost()
+        without_clipping.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = super().build_optimizer(without_clipping, model)
+        optimizer.register_step_pre_hook(clip_gradients)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(
-            cfg, mapper=GFLDatasetMapper(cfg, is_train=True), dataset=load_training_dicts(cfg)
-        )
+        mapper, records = GFLDatasetMapper(cfg, is_train=True), load_training_dicts(cfg)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = GFLDatasetMapper(cfg, is_train=False)
         with loading([dataset_name]):
-            return build_detection_test_loader(
-                cfg, dataset_name, mapper=GFLDatasetMapper(cfg, is_train=False)
-            )
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(
@@ -117,11 +144,8 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
-        As in :class:`DefaultTrainer`.
-
-        Raises:
-            InputError: the weights do not fit, or a new training would be mixed with an earlier
-                one in ``OUTPUT_DIR``.
+        It is an InputError if weights do not fit, or if ``OUTPUT_DIR`` holds an earlier training
+        that is not resumed.
         """
         if not resume:
             check_output_folder(self.cfg.OUTPUT_DIR)

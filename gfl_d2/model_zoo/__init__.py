@@ -20,12 +20,8 @@ _CONFIGS = Path(__file__).parent / "configs"
 
 def get_config_file(config_path: str) -> str:
     """
-    Args:
-        config_path: relative to ``configs/``, such as "gfl_R_50_FPN_1x.yaml" or
-            "ablations/table_3_qfl.yaml".
-
-    Returns:
-        str: path of the config file.
+    The path of a config. ``config_path`` is relative to ``configs/``, such as
+    "gfl_R_50_FPN_1x.yaml" or "ablations/table_3_qfl.yaml".
 
     Raises:
         InputError: there is no such config.
@@ -41,12 +37,8 @@ def get_config_file(config_path: str) -> str:
 
 def get_config(config_path: str) -> CfgNode:
     """
-    Args:
-        config_path: see :func:`get_config_file`.
-
-    Returns:
-        CfgNode: checked, and free to be changed. ``MODEL.WEIGHTS`` names the weights to start
-            training from, ``MODEL.DEVICE`` is "cpu" where there is no GPU.
+    The config, checked and free to be changed. ``MODEL.WEIGHTS`` names the weights to start
+    training from, ``MODEL.DEVICE`` is "cpu" where there is no GPU.
     """
     cfg = load_config(get_config_file(config_path))
     cfg.defrost()
@@ -55,14 +47,13 @@ def get_config(config_path: str) -> CfgNode:
 
 def get(config_path: str, weights: str = "", device: str | None = None) -> nn.Module:
     """
+    The model of a config, in training mode.
+
     Args:
         config_path: see :func:`get_config_file`.
         weights: a file with all parameters of the model; "" for random ones. None are hosted:
             MODEL_ZOO.md says where published ones are, and how to convert them.
         device: of the model; None for a GPU, if there is one.
-
-    Returns:
-        nn.Module: in training mode.
 
     Raises:
         InputError: there is no such config, or the weights do not fit.

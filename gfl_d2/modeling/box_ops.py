@@ -1,8 +1,9 @@
 """
 Arithmetic of boxes: from distributions to distances, from distances to boxes, IoU, centerness.
 
-Shapes: n = ``reg_max``, n + 1 bins y_i = i. Distances are those from a location to the (left, top,
-right, bottom) side of a box, in that order.
+Shapes: "..." is any leading dimensions. Distances, (..., 4), go from a location to the left, top,
+right and bottom side of a box. Boxes, (..., 4), are XYXY. Centers, (..., 2), are x and y of
+locations. Units are free, but the same in all arguments.
 """
 
 import torch
@@ -11,15 +12,9 @@ from torch import Tensor
 from .precision import full_precision
 
 __all__ = [
-    "MIN_AREA",
-    "aligned_iou",
-    "bbox_to_distance",
-    "box_area",
-    "centerness",
-    "distance_to_bbox",
-    "integral",
-    "iou_and_union",
-]
+    "MIN_AREA", "aligned_iou", "bbox_to_distance", "box_area", "centerness", "distance_to_bbox",
+    "integral", "iou_and_union",
+]  # fmt: skip
 
 # Lower bound of the areas that IoUs are divided by, as in the reference implementation.
 MIN_AREA = 1e-6
@@ -27,16 +22,12 @@ MIN_AREA = 1e-6
 
 def integral(logits: Tensor, reg_max: int) -> Tensor:
     """
-    Expected distance of the box distributions: sum_i S_i * y_i with S the softmax of the logits
-    (GFL paper, section 3). Computed in float32 or better.
+    Expected distances, in bins, of box distributions: sum_i S_i * i with S the softmax of the
+    logits (GFL paper, section 3). Computed in float32 or better.
 
     Args:
-        logits: shape (..., 4 * (n + 1)): the n + 1 bins of left come first, then top, right,
-            bottom.
+        logits: shape (..., 4 * (n + 1)): the n + 1 bins of left come first.
         reg_max: n.
-
-    Returns:
-        Tensor: shape (..., 4), in bins, within [0, n].
     """
     probs = full_precision(logits).unflatten(-1, (4, reg_max + 1)).softmax(dim=-1)
     bins = torch.arange(reg_max + 1, dtype=probs.dtype, device=probs.device)
@@ -45,40 +36,19 @@ def integral(logits: Tensor, reg_max: int) -> Tensor:
 
 
 def distance_to_bbox(centers: Tensor, distances: Tensor) -> Tensor:
-    """
-    Args:
-        centers: shape (..., 2), x and y of the locations.
-        distances: shape (..., 4), in the unit of ``centers``.
-
-    Returns:
-        Tensor: shape (..., 4), boxes in XYXY.
-    """
+    """The boxes with these distances from these centers to their sides."""
     return torch.cat((centers - distances[..., :2], centers + distances[..., 2:]), dim=-1)
 
 
 def bbox_to_distance(centers: Tensor, boxes: Tensor) -> Tensor:
-    """
-    The inverse of :func:`distance_to_bbox`. A distance is negative where the centre is outside.
-
-    Args:
-        centers: shape (..., 2), x and y of the locations.
-        boxes: shape (..., 4), XYXY, in the unit of ``centers``.
-
-    Returns:
-        Tensor: shape (..., 4).
-    """
+    """The distances from centers to sides of boxes; negative where a center is outside."""
     return torch.cat((centers - boxes[..., :2], boxes[..., 2:] - centers), dim=-1)
 
 
 def centerness(distances: Tensor) -> Tensor:
     """
-    How central a location is in a box (FCOS, Tian et al., ICCV 2019, eq. 3).
-
-    Args:
-        distances: shape (..., 4), to the left, top, right and bottom side.
-
-    Returns:
-        Tensor: shape (...), in [0, 1]: 1 in the centre, 0 on the border and outside.
+    How central a location is in a box (FCOS, Tian et al., ICCV 2019, eq. 3). Shape (...): 1 in the
+    center, 0 on the border and outside.
     """
     distances = distances.clamp(min=0)
     near = torch.minimum(distances[..., :2], distances[..., 2:])
@@ -87,15 +57,7 @@ def centerness(distances: Tensor) -> Tensor:
 
 
 def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """
-    IoU of boxes paired by position.
-
-    Args:
-        boxes1, boxes2: shape (..., 4), broadcastable, XYXY in any common unit.
-
-    Returns:
-        Tensor: shape (...), in [0, 1]; 0 where both boxes have no area.
-    """
+    """IoU of boxes paired by position, shape (...), in [0, 1]; 0 where both have no area."""
     return iou_and_union(full_precision(boxes1), full_precision(boxes2))[0]
 
 

@@ -16,12 +16,8 @@ from .losses import distribution_focal_loss, gaussian_kl_loss
 from .precision import full_precision
 
 __all__ = [
-    "BoxRepresentation",
-    "DiracDelta",
-    "Gaussian",
-    "GeneralDistribution",
-    "build_box_representation",
-]
+    "BoxRepresentation", "DiracDelta", "Gaussian", "GeneralDistribution", "build_box_representation"
+]  # fmt: skip
 
 # How far DFL targets stay below the last bin, in bins, as in the reference implementation.
 _DFL_TARGET_MARGIN = 0.1
@@ -36,14 +32,10 @@ class BoxRepresentation(ABC):
     How the head predicts the distances from a location to the left, top, right and bottom side of
     a box: by V numbers a side, those of left first. Distances are in strides of the level. To add a
     choice, derive from it and register the class under the name that configs shall use.
-
-    Shapes: P samples.
     """
 
-    # V.
-    num_values: int
-    # The largest distance that can be predicted.
-    max_distance: float
+    num_values: int  # V
+    max_distance: float  # the largest that can be predicted
 
     @classmethod
     @abstractmethod
@@ -52,20 +44,14 @@ class BoxRepresentation(ABC):
 
     @abstractmethod
     def decode(self, values: Tensor) -> Tensor:
-        """
-        Args:
-            values: shape (..., 4 * V).
-
-        Returns:
-            Tensor: shape (..., 4), distances >= 0, in float32 or better.
-        """
+        """Distances >= 0, shape (..., 4), in float32 or better, of values of shape (..., 4 * V)."""
 
     def losses(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:
         """
         The losses that shape the prediction, beside that of the decoded box. None by default.
 
         Args:
-            values: shape (P, 4 * V).
+            values: shape (P, 4 * V), of P samples.
             target: shape (P, 4), distances.
 
         Returns:

@@ -1,7 +1,5 @@
 """The dense head of GFL."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -38,17 +36,13 @@ class GFLHead(nn.Module):
     ):
         """
         Args:
-            input_shape: the feature of each level; all need the same number of channels.
+            input_shape: the feature of each level; it is a ValueError if their channels differ.
             num_classes: C.
-            num_convs: convolutions per tower.
-            conv_dim: channels of the towers.
+            num_convs, conv_dim: convolutions per tower, and their channels.
             norm: normalization in the towers, see :func:`detectron2.layers.get_norm`.
             prior_prob: score of every class at initialization.
             box: what is predicted of a box.
             quality: what scores stand for beside the class, and what predicts it.
-
-        Raises:
-            ValueError: the levels differ in channels.
         """
         super().__init__()
         in_channels = {shape.channels for shape in input_shape}
@@ -100,7 +94,7 @@ class GFLHead(nn.Module):
                 has a predictor.
 
         Raises:
-            ValueError: another number of levels than the head was built for.
+            ValueError: the head was built for another number of levels.
         """
         if len(features) != len(self.scales):
             raise ValueError(f"Expected {len(self.scales)} levels, got {len(features)}")
@@ -118,17 +112,8 @@ class GFLHead(nn.Module):
 
 def _tower(dims: list[int], norm: str) -> nn.Sequential:
     """3x3 convolution, normalization and ReLU for each consecutive pair of ``dims``."""
-    return nn.Sequential(
-        *(
-            Conv2d(
-                in_dim,
-                out_dim,
-                kernel_size=3,
-                padding=1,
-                bias=not norm,
-                norm=get_norm(norm, out_dim),
-                activation=nn.ReLU(inplace=True),
-            )
-            for in_dim, out_dim in zip(dims, dims[1:])
-        )
-    )
+    layers = []
+    for dim_in, dim_out in zip(dims, dims[1:]):
+        extra = {"norm": get_norm(norm, dim_out), "activation": nn.ReLU(inplace=True)}
+        layers.append(Conv2d(dim_in, dim_out, 3, padding=1, bias=not norm, **extra))
+    return nn.Sequential(*layers)

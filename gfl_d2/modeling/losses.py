@@ -1,7 +1,9 @@
 """
 Losses of Generalized Focal Loss, as stateless functions.
 
-Shapes: R locations, C classes, n + 1 bins. Half-precision inputs are computed in float32.
+Shapes: R locations, C classes, n + 1 bins. Shapes of results are those with the reduction "none";
+"mean" and "sum" give a scalar, another is a ValueError. Half-precision inputs are computed in
+float32.
 """
 
 import torch
@@ -18,9 +20,9 @@ def quality_focal_loss(
     logits: Tensor, labels: Tensor, quality: Tensor, beta: float = 2.0, reduction: str = "none"
 ) -> Tensor:
     """
-    Quality Focal Loss (GFL paper, eq. 5): ``|y - sigma|^beta * BCE(sigma, y)`` for each class,
-    sigma = sigmoid(logit), where y is the quality at the labelled class and 0 at every other.
-    With qualities of 0 and 1 it is the focal loss with gamma = beta and no alpha.
+    Quality Focal Loss, shape (R, C) (GFL paper, eq. 5): ``|y - sigma|^beta * BCE(sigma, y)`` for
+    each class, sigma = sigmoid(logit), where y is the quality at the labelled class and 0 at every
+    other. With qualities of 0 and 1 it is the focal loss with gamma = beta and no alpha.
 
     Args:
         logits: shape (R, C).
@@ -28,13 +30,6 @@ def quality_focal_loss(
         quality: shape (R,), in [0, 1]: IoU of the predicted with the ground-truth box. Not used
             where the label is background.
         beta: exponent of the modulating factor, 0 or >= 1. The factor takes part in the gradient.
-        reduction: "none", "mean" or "sum".
-
-    Returns:
-        Tensor: shape (R, C), or a scalar if reduced.
-
-    Raises:
-        ValueError: unknown ``reduction``.
     """
     logits = full_precision(logits)
     num_locations, num_classes = logits.shape
@@ -48,19 +43,12 @@ def quality_focal_loss(
 
 def distribution_focal_loss(logits: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
     """
-    Distribution Focal Loss (GFL paper, eq. 6): for y_i <= y <= y_{i+1},
+    Distribution Focal Loss, shape (R,) (GFL paper, eq. 6): for y_i <= y <= y_{i+1},
     ``-((y_{i+1} - y) * log S_i + (y - y_i) * log S_{i+1})`` with S the softmax of the logits.
 
     Args:
         logits: shape (R, n + 1), one box side of a location each.
         target: shape (R,), continuous, in bins, in [0, n].
-        reduction: "none", "mean" or "sum".
-
-    Returns:
-        Tensor: shape (R,), or a scalar if reduced.
-
-    Raises:
-        ValueError: unknown ``reduction``.
     """
     log_probs = F.log_softmax(full_precision(logits), dim=-1)
     target = target.to(log_probs)
@@ -81,14 +69,7 @@ def gaussian_kl_loss(
     would let few targets rule the gradient, ``exp(-s) * (d - 1/2) + s / 2``.
 
     Args:
-        mean, log_variance, target: of one shape, in any common unit.
-        reduction: "none", "mean" or "sum".
-
-    Returns:
-        Tensor: of the shape of the arguments, or a scalar if reduced.
-
-    Raises:
-        ValueError: unknown ``reduction``.
+        mean, log_variance, target: of one shape, that of the result, in any common unit.
     """
     mean, log_variance = full_precision(mean), full_precision(log_variance)
     error = F.smooth_l1_loss(mean, target.to(mean), reduction="none", beta=1.0)
@@ -97,19 +78,12 @@ def gaussian_kl_loss(
 
 def giou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
     """
-    1 - generalized IoU (Rezatofighi et al., CVPR 2019) of boxes paired by position. Unlike
-    fvcore's, denominators have a floor instead of an added epsilon: identical boxes of any size
-    have a loss of exactly 0.
+    1 - generalized IoU (Rezatofighi et al., CVPR 2019) of boxes paired by position, shape (R,), in
+    [0, 2]. Unlike fvcore's, denominators have a floor instead of an added epsilon: identical boxes
+    of any size have a loss of exactly 0.
 
     Args:
         boxes, target: shape (R, 4), XYXY in any common unit. The gradient flows to both.
-        reduction: "none", "mean" or "sum".
-
-    Returns:
-        Tensor: shape (R,), in [0, 2], or a scalar if reduced.
-
-    Raises:
-        ValueError: unknown ``reduction``.
     """
     boxes, target = full_precision(boxes), full_precision(target)
     iou, union = iou_and_union(boxes, target)
@@ -120,10 +94,6 @@ def giou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    if reduction == "mean":
-        return loss.mean()
-    if reduction == "sum":
-        return loss.sum()
-    raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return loss if reduction == "none" else getattr(loss, reduction)()

@@ -7,16 +7,3 @@ from .res2net import (
     build_gfl_res2net_fpn_backbone,
     build_res2net_backbone,
 )
-
-__all__ = [
-    "BLOCKS_PER_STAGE",
-    "DeepStem",
-    "DeformConv2d",
-    "LastLevelP6P7OnP5",
-    "Res2NetBlock",
-    "build_gfl_fpn",
-    "build_gfl_res2net_fpn_backbone",
-    "build_gfl_resnet_fpn_backbone",
-    "build_res2net_backbone",
-    "use_torchvision_deform_conv",
-]

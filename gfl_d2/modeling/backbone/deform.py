@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 from torch import Tensor, nn
@@ -13,8 +11,6 @@ from ..precision import full_precision
 
 __all__ = ["DeformConv2d", "use_torchvision_deform_conv"]
 
-Module = TypeVar("Module", bound=nn.Module)
-
 
 class DeformConv2d(nn.Module):
     """
@@ -23,19 +19,11 @@ class DeformConv2d(nn.Module):
     """
 
     def __init__(self, conv: DeformConv | ModulatedDeformConv | Conv2d):
-        """
-        Args:
-            conv: takes its parameters, normalization and settings from here. A plain ``Conv2d``
-                will do too.
-        """
+        """``conv``: what parameters, normalization and settings are taken from."""
         super().__init__()
-        self.weight = conv.weight
-        self.bias = getattr(conv, "bias", None)
-        self.norm = conv.norm
-        self.activation = conv.activation
-        self.stride = conv.stride
-        self.padding = conv.padding
-        self.dilation = conv.dilation
+        self.weight, self.bias = conv.weight, getattr(conv, "bias", None)
+        self.norm, self.activation = conv.norm, conv.activation
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """
@@ -67,13 +55,10 @@ class DeformConv2d(nn.Module):
         return x
 
 
-def use_torchvision_deform_conv(model: Module) -> Module:
+def use_torchvision_deform_conv(model: nn.Module) -> nn.Module:
     """
     Replace the convolution of every deformable bottleneck in ``model``, in place, by
-    :class:`DeformConv2d`. Names and values of parameters stay.
-
-    Returns:
-        the same model.
+    :class:`DeformConv2d`, and return it. Names and values of parameters stay.
     """
     for module in model.modules():
         if isinstance(module, DeformBottleneckBlock):

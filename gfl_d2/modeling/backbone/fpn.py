@@ -1,7 +1,5 @@
 """Feature pyramids as GFL uses them: P3 to P7, of which P6 and P7 are made from P5."""
 
-from __future__ import annotations
-
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone, ResNet, build_resnet_backbone
@@ -21,10 +19,7 @@ class LastLevelP6P7OnP5(LastLevelP6P7):
     """
 
     def __init__(self, channels: int):
-        """
-        Args:
-            channels: of P5, P6 and P7.
-        """
+        """``channels``: those of P5, P6 and P7."""
         super().__init__(channels, channels, in_feature="p5")
 
     def forward(self, p5: Tensor) -> list[Tensor]:

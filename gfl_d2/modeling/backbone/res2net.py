@@ -3,8 +3,6 @@ Res2Net (Gao et al., "Res2Net: A New Multi-scale Backbone Architecture", TPAMI 2
 form: three 3x3 convolutions for a stem, average pooling in the shortcuts that downsample.
 """
 
-from __future__ import annotations
-
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
@@ -13,17 +11,14 @@ from detectron2.modeling.backbone import FPN, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import InputError
+from ...config_checks import require
 from .deform import DeformConv2d
 from .fpn import build_gfl_fpn, zero_init_residual
 
 __all__ = [
-    "BLOCKS_PER_STAGE",
-    "DeepStem",
-    "Res2NetBlock",
-    "build_gfl_res2net_fpn_backbone",
+    "BLOCKS_PER_STAGE", "DeepStem", "Res2NetBlock", "build_gfl_res2net_fpn_backbone",
     "build_res2net_backbone",
-]
+]  # fmt: skip
 
 # Of a ResNet by its depth. Up to 34 it has basic blocks, above that bottlenecks.
 BLOCKS_PER_STAGE = {
@@ -40,10 +35,8 @@ class DeepStem(CNNBlockBase):
 
     def __init__(self, in_channels: int = 3, out_channels: int = 64, *, norm: str = "BN"):
         """
-        Args:
-            in_channels: of the image.
-            out_channels: of the last convolution, twice those of the other two; even.
-            norm: any name known to :func:`detectron2.layers.get_norm`.
+        ``out_channels`` are those of the last convolution, twice those of the other two; even.
+        ``norm`` is a name that :func:`detectron2.layers.get_norm` knows.
         """
         super().__init__(in_channels, out_channels, 4)
         width = out_channels // 2
@@ -88,26 +81,19 @@ class Res2NetBlock(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: of the input.
-            out_channels: of the output.
             width: channels of each x_i.
             scales: s, >= 2.
             stride: 1, or 2 when ``is_first``.
             is_first: whether this is the first block of a stage.
-            norm: any name known to :func:`detectron2.layers.get_norm`.
+            norm: a name that :func:`detectron2.layers.get_norm` knows.
             deformable: whether the 3x3 convolutions are. Their offsets are 0 at first.
             deform_modulated: whether they also weight each tap (DCNv2).
             deform_num_groups: groups of channels that share offsets; a divisor of ``width``.
-
-        Raises:
-            ValueError: a stride other than 1 without ``is_first``.
         """
         if stride != 1 and not is_first:
             raise ValueError(f"Only the first block of a stage has a stride, got {stride}")
         super().__init__(in_channels, out_channels, stride)
-        self.width = width
-        self.is_first = is_first
-        self.deform_modulated = deform_modulated
+        self.width, self.is_first, self.deform_modulated = width, is_first, deform_modulated
         self.conv1 = _conv(in_channels, width * scales, 1, norm)
         convs = [_conv(width, width, 3, norm, stride=stride) for _ in range(scales - 1)]
         self.convs = nn.ModuleList(DeformConv2d(conv) if deformable else conv for conv in convs)
@@ -162,8 +148,8 @@ def build_res2net_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     Raises:
         InputError: a key has a value for which there is no Res2Net; the message names it.
     """
-    resnets, scales = cfg.MODEL.RESNETS, cfg.MODEL.RES2NET.SCALES
     _check(cfg)
+    resnets = cfg.MODEL.RESNETS
     in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
     stem = DeepStem(input_shape.channels, in_channels, norm=resnets.NORM)
     stages = []
@@ -174,7 +160,7 @@ def build_res2net_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
             in_channels=in_channels,
             out_channels=out_channels,
             width=_width(cfg, i),
-            scales=scales,
+            scales=cfg.MODEL.RES2NET.SCALES,
             stride_per_block=[1 if i == 0 else 2] + [1] * (num_blocks - 1),
             is_first_per_block=[True] + [False] * (num_blocks - 1),
             norm=resnets.NORM,
@@ -184,8 +170,8 @@ def build_res2net_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         )
         stages.append(stage)
         in_channels, out_channels = out_channels, out_channels * 2
-    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-    res2net = ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=freeze_at)
+    res2net = ResNet(stem, stages, out_features=resnets.OUT_FEATURES)
+    res2net.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if resnets.ZERO_INIT_RESIDUAL:
         zero_init_residual(res2net)
     return res2net
@@ -193,25 +179,13 @@ def build_res2net_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_gfl_res2net_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """
-    :func:`build_res2net_backbone` and Detectron2's FPN, P3 to P7.
-
-    Raises:
-        InputError: as there.
-    """
+    """:func:`build_res2net_backbone` and Detectron2's FPN, P3 to P7."""
     return build_gfl_fpn(cfg, build_res2net_backbone(cfg, input_shape))
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, norm: str, stride: int = 1) -> Conv2d:
-    conv = Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=kernel,
-        stride=stride,
-        padding=kernel // 2,
-        bias=False,
-        norm=get_norm(norm, out_channels),
-    )
+    padding, norm_layer = kernel // 2, get_norm(norm, out_channels)
+    conv = Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False, norm=norm_layer)
     weight_init.c2_msra_fill(conv)
     return conv
 
@@ -224,39 +198,24 @@ def _width(cfg, stage: int) -> int:
 
 def _check(cfg) -> None:
     resnets, res2net = cfg.MODEL.RESNETS, cfg.MODEL.RES2NET
+    stem, res2 = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
     deform, groups = resnets.DEFORM_ON_PER_STAGE, resnets.DEFORM_NUM_GROUPS
     widths = [_width(cfg, i) for i in range(4)]
     divides = groups >= 1 and all(w % groups == 0 for w, on in zip(widths, deform) if on)
-    rules = {
-        "RESNETS.DEPTH": (resnets.DEPTH in (50, 101, 152), "50, 101 or 152"),
-        "RESNETS.NUM_GROUPS": (resnets.NUM_GROUPS == 1, "1"),
-        "RESNETS.WIDTH_PER_GROUP": (
-            resnets.WIDTH_PER_GROUP == 64,
-            "64, its default (the width is that of MODEL.RES2NET.BASE_WIDTH),",
-        ),
-        "RESNETS.STRIDE_IN_1X1": (not resnets.STRIDE_IN_1X1, "False"),
-        "RESNETS.RES5_DILATION": (resnets.RES5_DILATION == 1, "1"),
-        "RESNETS.STEM_OUT_CHANNELS": (
-            resnets.STEM_OUT_CHANNELS >= 2 and resnets.STEM_OUT_CHANNELS % 2 == 0,
-            "even and positive",
-        ),
-        "RESNETS.RES2_OUT_CHANNELS": (
-            resnets.RES2_OUT_CHANNELS >= 4 and resnets.RES2_OUT_CHANNELS % 4 == 0,
-            "a positive multiple of 4",
-        ),
-        "RES2NET.SCALES": (res2net.SCALES >= 2, ">= 2"),
-        "RES2NET.BASE_WIDTH": (
-            widths[0] >= 1,
-            "large enough for a channel per split (RES2_OUT_CHANNELS / 4 * BASE_WIDTH / 64 >= 1)",
-        ),
-        "RESNETS.DEFORM_ON_PER_STAGE": (len(deform) == 4, "a list of four, for res2 to res5"),
-        "RESNETS.DEFORM_NUM_GROUPS": (
-            divides,
-            f"a divisor of the width of a split in every deformable stage (of {widths})",
-        ),
-    }
-    for name, (holds, allowed) in rules.items():
-        if not holds:
-            section, key = name.split(".")
-            value = cfg.MODEL[section][key]
-            raise InputError(f"MODEL.{name} must be {allowed} for a Res2Net, got {value!r}")
+    default = "64, its default (the width is that of MODEL.RES2NET.BASE_WIDTH),"
+    wide = "large enough for a channel per split (RES2_OUT_CHANNELS / 4 * BASE_WIDTH / 64 >= 1)"
+    divisor = f"a divisor of the width of a split in every deformable stage (of {widths})"
+    for key, holds, allowed in (
+        ("RESNETS.DEPTH", resnets.DEPTH in (50, 101, 152), "50, 101 or 152"),
+        ("RESNETS.NUM_GROUPS", resnets.NUM_GROUPS == 1, "1"),
+        ("RESNETS.WIDTH_PER_GROUP", resnets.WIDTH_PER_GROUP == 64, default),
+        ("RESNETS.STRIDE_IN_1X1", not resnets.STRIDE_IN_1X1, "False"),
+        ("RESNETS.RES5_DILATION", resnets.RES5_DILATION == 1, "1"),
+        ("RESNETS.STEM_OUT_CHANNELS", stem >= 2 and stem % 2 == 0, "even and positive"),
+        ("RESNETS.RES2_OUT_CHANNELS", res2 >= 4 and res2 % 4 == 0, "a positive multiple of 4"),
+        ("RES2NET.SCALES", res2net.SCALES >= 2, ">= 2"),
+        ("RES2NET.BASE_WIDTH", widths[0] >= 1, wide),
+        ("RESNETS.DEFORM_ON_PER_STAGE", len(deform) == 4, "a list of four, for res2 to res5"),
+        ("RESNETS.DEFORM_NUM_GROUPS", divides, divisor),
+    ):
+        require(cfg, f"MODEL.{key}", holds, f"{allowed} for a Res2Net")
