@@ -30,7 +30,7 @@ class Registry(FvcoreRegistry):
         return register
 
     def get(self, name: str) -> type:
-        """It is an InputError if no class is registered under this name."""
+        """Raises InputError if no class is registered under this name."""
         if name not in self:
             names = ", ".join(repr(name) for name, _ in self)
             raise InputError(f"{self._name} must be one of {names}, got {name!r}")

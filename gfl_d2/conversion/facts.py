@@ -27,7 +27,7 @@ _BATCH_NORMS = ("BN", "FrozenBN", "NaiveSyncBN", "SyncBN", "nnSyncBN")
 def infer_config(source: Source, is_detector: bool, cfg: CfgNode | None) -> dict[str, Any]:
     """
     The config that weights need. Each value is read from one parameter: whether the others agree
-    shows when their shapes are compared with those of the model. It is an InputError if the
+    shows when their shapes are compared with those of the model. Raises InputError if the
     parameter is missing, or if ``cfg`` has to decide and is None.
     """
     needed = _infer_backbone(source)

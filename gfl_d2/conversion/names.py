@@ -99,7 +99,7 @@ class Source:
         return any(self.find(f"{module}.{part}") is not None for part in parts)
 
     def size(self, here: str, axis: int = 0) -> int:
-        """The size of a parameter along an axis. It is an InputError if there is no such."""
+        """The size of a parameter along an axis. Raises InputError if there is no such."""
         there = self.find(here)
         if there is None:
             raise InputError(

@@ -38,7 +38,7 @@ class GFLDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
-        It is an InputError, which names the file, if the image is missing, truncated, no image, or
+        Raises InputError, which names the file, if the image is missing, truncated, no image, or
         of another size than the annotations say.
         """
         try:

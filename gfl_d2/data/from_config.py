@@ -116,7 +116,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 def load_training_dicts(cfg: CfgNode) -> list[dict]:
     """
     The images of ``DATASETS.TRAIN`` in Detectron2's format, without those that have no box if
-    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so. It is an InputError if nothing is left.
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so. Raises InputError if nothing is left.
     """
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     with loading(cfg.DATASETS.TRAIN):

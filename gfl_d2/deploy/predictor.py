@@ -29,7 +29,7 @@ class Predictor(DefaultPredictor):
 
     def __init__(self, cfg: CfgNode):
         """
-        It is an InputError if ``MODEL.WEIGHTS`` does not fit the model, or if ``INPUT.FORMAT`` is
+        Raises InputError if ``MODEL.WEIGHTS`` does not fit the model, or if ``INPUT.FORMAT`` is
         neither "BGR" nor "RGB".
         """
         if cfg.INPUT.FORMAT not in ("BGR", "RGB"):

@@ -33,7 +33,7 @@ class BestModelSaver(HookBase):
         self._best, self._last_seen = -math.inf, -1
 
     def before_train(self) -> None:
-        """It is an InputError if ``model_best.pth`` is damaged."""
+        """Raises InputError if ``model_best.pth`` is damaged."""
         if not os.path.isfile(self._path):
             return
         try:

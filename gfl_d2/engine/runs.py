@@ -29,7 +29,7 @@ _MARK = "made_by.txt"
 
 
 def check_output_folder(folder: str) -> None:
-    """It is an InputError if a new training would be mixed with an earlier one in its folder."""
+    """Raise InputError if a new training would be mixed with an earlier one in its folder."""
     for name in _OF_A_TRAINING:
         path = os.path.join(folder, name)
         # A training that came to nothing leaves an empty file of metrics.
@@ -48,7 +48,7 @@ def inference_folder(cfg: CfgNode, dataset: str = "") -> str:
 
 def read_metrics(run: str | Path, name: str = "bbox/AP") -> dict[int, dict[str, float]]:
     """
-    Read the ``metrics.json`` in the output folder of a training; it is an OSError if there is none.
+    Read the ``metrics.json`` in the output folder of a training; raises OSError if there is none.
     Iterations without the metric ``name`` are left out.
 
     Returns:

@@ -67,7 +67,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        """It is an InputError if config or data are wrong; nothing has been written then."""
+        """Raises InputError if config or data are wrong; nothing has been written then."""
         check_config(cfg)
         check_training_config(cfg)
         check_evaluators(cfg.DATASETS.TEST)
@@ -144,7 +144,7 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
-        It is an InputError if weights do not fit, or if ``OUTPUT_DIR`` holds an earlier training
+        Raises InputError if weights do not fit, or if ``OUTPUT_DIR`` holds an earlier training
         that is not resumed.
         """
         if not resume:

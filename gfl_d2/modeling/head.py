@@ -36,7 +36,7 @@ class GFLHead(nn.Module):
     ):
         """
         Args:
-            input_shape: the feature of each level; it is a ValueError if their channels differ.
+            input_shape: the feature of each level. ValueError if their channels differ.
             num_classes: C.
             num_convs, conv_dim: convolutions per tower, and their channels.
             norm: normalization in the towers, see :func:`detectron2.layers.get_norm`.
