@@ -70,8 +70,9 @@ def _loss_and_gradient(logits: Tensor, valid: Tensor, gamma: float) -> tuple[Ten
     grad = torch.empty_like(logits, dtype=dtype)
     loss = grad.new_zeros(())
     num_rows = max(_PART, logits.numel() // _MAX_PARTS) // logits.shape[1] + 1
-    for x, is_valid, out in zip(*(y.split(num_rows) for y in (logits, valid[:, None], grad))):
-        x = torch.where(is_valid, x.to(dtype), _NO_LOSS_LOGIT)
+    limit = torch.where(valid, torch.inf, _NO_LOSS_LOGIT).to(dtype)[:, None]
+    for x, upper, out in zip(*(y.split(num_rows) for y in (logits, limit, grad))):
+        x = torch.minimum(x.to(dtype), upper)  # a where() takes six times as long
         score, softplus = x.sigmoid(), F.softplus(x)
         factor = torch.pow(score, gamma, out=x)
         loss += torch.mul(factor, softplus, out=out).sum()

@@ -48,7 +48,7 @@ def select_candidates(
         topk: how many pairs of a level there are at most.
     """
     quality_logits = predictions.quality_logits or [None] * len(levels.shapes)
-    parts = []
+    locations, pairs, num_before = [], [], 0
     for i, maps in enumerate(zip(predictions.class_logits, predictions.box_values, quality_logits)):
         num_images, num_classes, _, width = maps[0].shape
         # The topk best pairs are at the topk locations whose best class is best.
@@ -60,19 +60,22 @@ def select_candidates(
         class_logits, values, q = (
             None if x is None else take_places(x, location + first) for x in maps
         )
+        row = location.div(width, rounding_mode="floor")
+        cells = torch.stack((location - row * width, row), dim=-1)
+        centers = cells * levels.strides[i] + levels.first[i]
+        locations.append((values, centers, levels.strides[i].expand(*location.shape, 1)))
+
         scores = full_precision(quality.score_logits(class_logits, q))  # (N, k, C), logits
         # -inf in the padding. Elsewhere no class is better than the best.
         scores = scores.minimum(best[..., None]).flatten(1)
         scores, pair = scores.topk(_at_most(topk, scores.shape[1]), dim=1, sorted=False)  # (N, K)
         number = pair.div(num_classes, rounding_mode="floor")  # in [0, k), of the location
-
-        row = location.div(width, rounding_mode="floor")
-        centers = torch.stack((location - row * width, row), dim=-1)
-        centers = centers * levels.strides[i] + levels.first[i]
-        boxes = distance_to_bbox(centers, box.decode(values) * levels.strides[i])
-        boxes = boxes.gather(1, number[..., None].expand(-1, -1, 4))
-        parts.append((boxes, scores.sigmoid(), pair - number * num_classes))
-    boxes, scores, classes = (torch.cat(part, dim=1) for part in zip(*parts))
+        pairs.append((scores.sigmoid(), pair - number * num_classes, number + num_before))
+        num_before = num_before + best.shape[1]
+    values, centers, strides = (torch.cat(part, dim=1) for part in zip(*locations))
+    scores, classes, number = (torch.cat(part, dim=1) for part in zip(*pairs))
+    boxes = distance_to_bbox(centers, box.decode(values) * strides)
+    boxes = boxes.gather(1, number[..., None].expand(-1, -1, 4))
     limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
     boxes = boxes.clamp(min=0).minimum(limits)
     # Boxes that lay in the padding have no area left.
