@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from gfl_d2.checkpoint import GFLCheckpointer
 from gfl_d2.config import check_training_config, load_config
-from gfl_d2.data import check_datasets, register_datasets
+from gfl_d2.data import check_datasets, register_datasets, resolve_num_classes
 from gfl_d2.deploy import prepare_for_inference
 from gfl_d2.engine import Trainer, check_evaluators, check_output_folder, inference_folder
 from gfl_d2.errors import InputError, user_message
@@ -29,7 +29,8 @@ def setup(args):
     """Create the config and check it against the data, before anything is written."""
     setup_logger(distributed_rank=comm.get_rank(), name="gfl_d2")
     cfg = load_config(args.config_file, args.opts)
-    register_datasets(cfg, required=cfg.DATASETS.TEST if args.eval_only else None)
+    register_datasets(cfg, cfg.DATASETS.TEST if args.eval_only else None)
+    cfg = resolve_num_classes(cfg, args.eval_only)
     check_datasets(cfg, eval_only=args.eval_only)
     check_evaluators(cfg.DATASETS.TEST)
     if not args.eval_only:

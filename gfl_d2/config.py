@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -22,9 +23,13 @@ logger = logging.getLogger(__name__)
 
 def add_gfl_config(cfg: CN) -> None:
     """Add the keys of this project, with their defaults, to a Detectron2 config (in place)."""
-    # Datasets in COCO format to register before use: a list of [name, json_file, image_root].
+    # Datasets in COCO format to register before use: a list of [name, json_file, image_root], or of
+    # folders, each with one of the layouts that gfl_d2.data.register_datasets knows.
     # Relative paths are looked for in the current directory, then in $DETECTRON2_DATASETS.
     cfg.DATASETS.REGISTER = []
+    # Names of the classes to use of these datasets, in this order; all if empty. Boxes of others
+    # are left out in training, evaluation and drawing.
+    cfg.DATASETS.CLASSES = []
 
     # Metric whose highest value keeps `model_best.pth`: "bbox/AP", or "<dataset>/bbox/AP" when
     # DATASETS.TEST has several; "" keeps none. Needs TEST.EVAL_PERIOD > 0.
@@ -66,7 +71,7 @@ def add_gfl_config(cfg: CN) -> None:
     # INPUT.RANDOM_FLIP "both", SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model".
 
     cfg.MODEL.GFL = CN()
-    # Number of foreground classes, >= 1.
+    # Number of foreground classes. For 0, train_net.py and the Trainer put that of the data.
     cfg.MODEL.GFL.NUM_CLASSES = 80
     # Backbone features used by the head, from high to low resolution. All need the same channels.
     cfg.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
@@ -159,13 +164,23 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     errors = (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError)
     try:
         cfg.merge_from_file(config_file)
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list([_as_written(item) for item in opts])
     except (*errors, yaml.YAMLError) as error:
         raise InputError(f"Config file '{config_file}' or options: {error}") from None
     choose_device(cfg)
     check_config(cfg)
     cfg.freeze()
     return cfg
+
+
+def _as_written(option: str) -> str:
+    r"""
+    An option whose paths are read as they are written: values are parsed as Python, in which
+    ``[['C:\new\train.json']]`` has a line break. If all its backslashes are doubled, it is Python.
+    """
+    is_list = isinstance(option, str) and option.lstrip().startswith(("[", "("))
+    has_single = is_list and re.search(r"(?<!\\)(\\\\)*\\(?![\\'\"])", option)
+    return option.replace("\\", "\\\\") if has_single else option
 
 
 def choose_device(cfg: CN) -> None:

@@ -32,9 +32,9 @@ _SAMPLERS_OF_MAIN = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler
 _LOSS_WEIGHTS = [f"LOSS_{name}_WEIGHT" for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL")]
 # Keys of MODEL.GFL, what their values must be, and whether a value is that.
 _RANGES = (
-    (["NUM_CLASSES", "CONV_DIM", "REG_MAX", "DGQP_TOPK"], ">= 1", lambda x: x >= 1),
-    (["DGQP_CHANNELS", "ATSS_TOPK", "TOPK_CANDIDATES_TEST"], ">= 1", lambda x: x >= 1),
-    (["NUM_CONVS", *_LOSS_WEIGHTS], ">= 0", lambda x: x >= 0),
+    (["CONV_DIM", "REG_MAX", "DGQP_TOPK", "DGQP_CHANNELS"], ">= 1", lambda x: x >= 1),
+    (["ATSS_TOPK", "TOPK_CANDIDATES_TEST"], ">= 1", lambda x: x >= 1),
+    (["NUM_CLASSES", "NUM_CONVS", *_LOSS_WEIGHTS], ">= 0", lambda x: x >= 0),
     (["BIN_WIDTH", "ANCHOR_SCALE", "BOX_NORMALIZER_MIN"], "> 0", lambda x: x > 0),
     (["IN_FEATURES"], "a list of at least one feature name", lambda x: len(x) >= 1),
     (["PRIOR_PROB"], "in (0, 1)", lambda x: 0 < x < 1),

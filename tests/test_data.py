@@ -157,7 +157,7 @@ def test_json_that_is_not_coco(data, content):
         register_coco_format("pets", data.json_file, data.image_root)
 
 
-@pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("kind", ["images", "categories"])
 def test_missing_list(data, kind):
     del data.coco[kind]
     assert f"it has no list '{kind}'" in data.error()
@@ -170,9 +170,6 @@ def test_missing_list(data, kind):
         ("categories", "name"),
         ("images", "id"),
         ("images", "file_name"),
-        ("images", "height"),
-        ("images", "width"),
-        ("annotations", "id"),
         ("annotations", "image_id"),
         ("annotations", "category_id"),
         ("annotations", "bbox"),
@@ -182,26 +179,32 @@ def test_missing_key(data, kind, key):
     del data.coco[kind][1][key]
     message = data.error()
     assert f"item 1 of '{kind}'" in message
-    assert f"lacks ['{key}']" in message
+    assert f"lacks '{key}': add it" in message
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
 def test_item_of_wrong_type(data, kind):
     data.coco[kind][1] = 5
-    assert f"item 1 of '{kind}' is not an object: 5" in data.error()
+    assert f"item 1 of '{kind}' is not an object, but 5: delete it" in data.error()
 
 
-@pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
-def test_repeated_id(data, kind):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("images", "image id 1 occurs twice, for 1.png and 2.png: give each an id of its own"),
+        ("categories", "category id 7 occurs twice, for 'dog' and 'cat'"),
+    ],
+)
+def test_repeated_id(data, kind, message):
     first, second = data.coco[kind]
     second["id"] = first["id"]
-    assert f"id {first['id']} occurs twice in '{kind}'" in data.error()
+    assert message in data.error()
 
 
-@pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("kind", ["image", "category"])
 def test_id_of_wrong_type(data, kind):
-    data.coco[kind][0]["id"] = [1]
-    assert f"id [1] in '{kind}' is not an integer" in data.error()
+    data.coco[{"image": "images", "category": "categories"}[kind]][0]["id"] = [1]
+    assert f"{kind} id [1] is neither a number nor a text" in data.error()
 
 
 def test_no_categories(data):
@@ -211,15 +214,18 @@ def test_no_categories(data):
 
 def test_unknown_image(data):
     data.coco["annotations"][0]["image_id"] = 99
-    assert "annotation 11 (category 7) is of unknown image 99" in data.error()
+    message = data.error()
+    assert "annotation 11 (image 99, unknown; category 7) is of unknown image 99" in message
+    assert "known: 1, 2. Add the image, or delete the annotation" in message
 
 
 @pytest.mark.parametrize("category_id", [5, [7], None])
 def test_unknown_category(data, category_id):
     data.coco["annotations"][1]["category_id"] = category_id
     message = data.error()
-    assert f"annotation 12 (image 2, 2.png) has unknown category {category_id!r}" in message
-    assert "known: 7, 3" in message
+    assert f"category {category_id!r}) is of unknown category {category_id!r}" in message
+    assert "annotation 12 (image 2, 2.png;" in message
+    assert "known: 3, 7. Add the category" in message
 
 
 @pytest.mark.parametrize(
@@ -229,6 +235,8 @@ def test_unknown_category(data, category_id):
         [1, 2, 3, 4, 5],
         [1, 2, float("nan"), 4],
         [float("inf"), 2, 3, 4],
+        [1, 2, 10**400, 4],
+        [1, 2, True, 4],
         [1, 2, None, 4],
         [1, 2, "3", 4],
         {"x": 1},
@@ -238,32 +246,23 @@ def test_unknown_category(data, category_id):
 def test_bbox_that_is_not_four_numbers(data, bbox):
     data.coco["annotations"][1]["bbox"] = bbox
     message = data.error()
-    assert "annotation 12 (image 2, 2.png), category 3 (cat), has bbox" in message
-    assert "not four finite numbers" in message
+    assert "annotation 12 (image 2, 2.png; category 3) has bbox" in message
+    assert "not four finite numbers x, y, width, height: correct or delete" in message
 
 
 @pytest.mark.parametrize("bbox", [[5, 5, -1, 4], [5, 5, 4, -1]])
 def test_negative_bbox(data, bbox):
     data.coco["annotations"][0]["bbox"] = bbox
     message = data.error()
-    assert f"annotation 11 (image 1, 1.png), category 7 (dog), has bbox {bbox}" in message
+    assert f"annotation 11 (image 1, 1.png; category 7) has bbox {bbox}" in message
     assert "negative width or height" in message
 
 
-@pytest.mark.parametrize("size", [0, -3, None, "40", float("nan")])
-def test_image_size(data, size):
+@pytest.mark.parametrize("size", [0, -3, None, "wide", float("nan")])
+def test_image_size_that_is_none_is_read_from_the_image(data, size):
     data.coco["images"][1]["width"] = size
-    assert f"image 2 (2.png) has width {size!r} and height 30" in data.error()
-
-
-def test_segmentation_that_is_no_list_of_polygons(data):
-    data.coco["annotations"][0]["segmentation"] = [1, 2, 3, 4, 5, 6]
-    assert "annotation 11" in data.error()
-
-
-def test_ignored_annotation(data):
-    data.coco["annotations"][0]["ignore"] = 1
-    assert "annotation 11 (image 1, 1.png), category 7 (dog), has 'ignore' set" in data.error()
+    data.register()
+    assert [r["width"] for r in DatasetCatalog.get("pets")] == [WIDTH, WIDTH]
 
 
 def test_missing_images(data):
@@ -273,7 +272,7 @@ def test_missing_images(data):
     message = data.error()
     assert "7 of the 9 images" in message
     assert str(data.image_root / "sub" / "3.png") in message
-    assert message.endswith("and 2 more")
+    assert "and 2 more. Correct the folder of the images, or the file names" in message
 
 
 def test_image_in_a_folder_below(data):
@@ -297,23 +296,16 @@ def test_boxes_without_area_are_left_out(data, caplog, bbox):
     data.coco["annotations"].append({**COCO["annotations"][0], "id": 13, "bbox": bbox})
     data.register()
     (warning,) = warnings(caplog)
-    assert warning.startswith(f"1 of the 3 boxes in {data.json_file}")
-    assert "annotation 13 of image 1" in warning
+    assert warning.startswith(f"{data.json_file} is used with these changes")
+    assert f"(first: {[float(x) for x in bbox]} of {data.image_root}" in warning
     assert [len(r["annotations"]) for r in DatasetCatalog.get("pets")] == [1, 1]
 
 
 def test_box_partly_outside_is_kept(data, caplog):
-    data.coco["annotations"][0]["bbox"] = [-4, -4, 5, 5]
+    data.coco["annotations"][0].update(bbox=[-4, -4, 5, 5], area=25)
     data.register()
     assert warnings(caplog) == []
     assert [len(r["annotations"]) for r in DatasetCatalog.get("pets")] == [1, 1]
-
-
-def test_annotation_id_zero_is_reported(data, caplog):
-    data.coco["annotations"][0]["id"] = 0
-    data.register()
-    (warning,) = warnings(caplog)
-    assert "id 0 in 'annotations'" in warning
 
 
 # Registration from a config
@@ -374,7 +366,7 @@ def test_error_names_the_places_looked_in(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "entry", ["pets", ["pets", "a.json"], ["pets", "a.json", 3], ["pets", "", "images"]]
+    "entry", [3, ["pets", "a.json"], ["pets", "a.json", 3], ["pets", "", "images"]]
 )
 def test_malformed_entry(entry):
     cfg = make_cfg()
@@ -389,7 +381,7 @@ def test_only_required_data_has_to_be_there(data):
     data.write()
     entries = [["pets", data.json_file, data.image_root], ["pets_train", "a.json", "images"]]
     cfg = make_cfg(train=("pets_train",), register=entries)
-    register_datasets(cfg, required=cfg.DATASETS.TEST)
+    register_datasets(cfg, cfg.DATASETS.TEST)
     assert "pets" in DatasetCatalog
     assert "pets_train" not in DatasetCatalog
     check_datasets(cfg, eval_only=True)
@@ -487,15 +479,6 @@ def test_one_image_with_boxes_is_enough(data):
     assert [r["image_id"] for r in load_training_dicts(make_cfg())] == [2]
 
 
-@pytest.mark.parametrize("key", ["area", "iscrowd"])
-def test_evaluation_needs_more_keys_than_training(data, key):
-    del data.coco["annotations"][1][key]
-    data.register()
-    check_datasets(make_cfg(test=()))
-    with pytest.raises(InputError, match=rf"'pets' cannot be evaluated .* without '{key}': 12"):
-        check_datasets(make_cfg())
-
-
 def test_dataset_of_other_code_that_knows_its_classes_late(data):
     def load():
         MetadataCatalog.get("late").thing_classes = ["cat", "dog", "cow"]
@@ -532,7 +515,7 @@ def test_mapper_names_a_missing_image(data):
     data.register()
     record = DatasetCatalog.get("pets")[0]
     os.remove(record["file_name"])
-    with pytest.raises(InputError, match=r"image .*1\.png \(image_id 1\): no such file"):
+    with pytest.raises(InputError, match=r"image .*1\.png: no such file"):
         GFLDatasetMapper(make_cfg(), is_train=True)(record)
 
 
@@ -547,16 +530,19 @@ def test_mapper_names_a_truncated_image(data, suffix, is_train):
         file.truncate(os.path.getsize(record["file_name"]) // 2)
     with pytest.raises(InputError) as error:
         GFLDatasetMapper(make_cfg(), is_train)(record)
-    assert str(error.value).startswith(f"Cannot read image {record['file_name']} (image_id 1): ")
+    assert str(error.value).startswith(f"Cannot read image {record['file_name']}: ")
     assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no image"])
-def test_mapper_names_a_file_that_is_no_image(data, content):
+def test_a_file_that_is_no_image(data, content):
     data.register()
+    record = DatasetCatalog.get("pets")[0]
     (data.image_root / "1.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"1\.png \(image_id 1\): it is not an image$"):
-        GFLDatasetMapper(make_cfg(), is_train=True)(DatasetCatalog.get("pets")[0])
+    with pytest.raises(InputError, match=r"1\.png: it is not an image$"):
+        GFLDatasetMapper(make_cfg(), is_train=True)(record)
+    with pytest.raises(InputError, match=r"1 of the 2 images .* 1\.png \(it is not an image\)$"):
+        register_coco_format("again", data.json_file, data.image_root)
 
 
 def test_mapper_names_an_image_of_another_size(data):
@@ -636,7 +622,7 @@ def test_flips_move_boxes_with_the_image(data):
     mapper = GFLDatasetMapper(cfg, is_train=True)
     record = DatasetCatalog.get("pets")[0]
     pixels = np.asarray(Image.open(record["file_name"]))[:, :, ::-1]  # cfg's default is BGR
-    x, y, w, h = record["annotations"][0]["bbox"]
+    x, y, w, h = map(int, record["annotations"][0]["bbox"])
     inside = {tuple(p) for p in pixels[y : y + h, x : x + w].reshape(-1, 3).tolist()}
     for _ in range(20):
         sample = mapper(record)

@@ -36,7 +36,7 @@ def main() -> None:
     try:
         cfg = load_config(args.config_file, args.opts)
         dataset = cfg.DATASETS.TEST[0]
-        register_datasets(cfg, required=[dataset])
+        register_datasets(cfg, [dataset])
         results = find_results(args.results or cfg.OUTPUT_DIR, dataset)
         with loading([dataset]):
             picture = draw_results(

@@ -1,27 +1,24 @@
-"""Detectron2's dataset mapper with errors that name the image, and flips in both directions."""
+"""Detectron2's dataset mapper for boxes."""
 
+import copy
+
+import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import SizeMismatchError
-from PIL import Image
 
 from ..errors import InputError
+from .images import read_image
 
 __all__ = ["GFLDatasetMapper"]
 
 
-# Why an image cannot be read, where Pillow's own message is no good.
-_REASONS = {
-    FileNotFoundError: "no such file",
-    Image.UnidentifiedImageError: "it is not an image",
-}
-
-
 class GFLDatasetMapper(DatasetMapper):
     """
-    :class:`detectron2.data.DatasetMapper`, which also takes ``INPUT.RANDOM_FLIP: "both"``: a
-    horizontal and a vertical flip, each with probability 0.5, independently.
+    :class:`detectron2.data.DatasetMapper` for boxes. It reads images by
+    :func:`gfl_d2.data.read_image`, and takes ``INPUT.RANDOM_FLIP: "both"``: a horizontal and a
+    vertical flip, each with probability 0.5, independently.
     """
 
     @classmethod
@@ -38,15 +35,21 @@ class GFLDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
-        Raises InputError, which names the file, if the image is missing, truncated, no image, or
-        of another size than the annotations say.
+        Raises InputError, which names the file, if the image cannot be read or is of another size
+        than the annotations say.
         """
+        dataset_dict = copy.deepcopy(dataset_dict)
+        image = read_image(dataset_dict["file_name"], self.image_format)
         try:
-            return super().__call__(dataset_dict)
-        except SizeMismatchError as error:  # names the file already
+            detection_utils.check_image_size(dataset_dict, image)
+        except detection_utils.SizeMismatchError as error:  # names the file
             raise InputError(str(error)) from None
-        # Pillow raises SyntaxError for some kinds of damage in PNG files.
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            image = f"{dataset_dict['file_name']} (image_id {dataset_dict.get('image_id')})"
-            reason = _REASONS.get(type(error), error)
-            raise InputError(f"Cannot read image {image}: {reason}") from None
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if self.is_train and "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
+        else:
+            dataset_dict.pop("annotations", None)
+        return dataset_dict

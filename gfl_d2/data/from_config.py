@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import glob
 import itertools
 import json
 import logging
@@ -15,9 +16,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
 from ..errors import InputError, name_some
-from .coco_format import register_coco_format
+from .registration import register_coco_format
 
-__all__ = ["check_datasets", "load_training_dicts", "loading", "register_datasets"]
+__all__ = [
+    "check_datasets", "load_training_dicts", "loading", "register_datasets", "resolve_num_classes",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -30,41 +33,98 @@ _READERS = (
 )  # fmt: skip
 
 
-def register_datasets(cfg: CfgNode, required: Iterable[str] | None = None) -> None:
+def register_datasets(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
     """
-    Register each ``[name, json_file, image_root]`` of ``cfg.DATASETS.REGISTER``. ``~`` and
-    ``$VARIABLES`` in paths are expanded. Relative paths are looked for in the current directory,
-    then in the folder that the environment variable ``DETECTRON2_DATASETS`` names ("datasets" by
-    default).
+    Register the datasets of these ``names``, by default those of ``DATASETS.TRAIN`` and
+    ``DATASETS.TEST``, that ``DATASETS.REGISTER`` has, each by :func:`register_coco_format` with
+    ``DATASETS.CLASSES``.
 
-    Data of the ``required`` names, by default all of ``DATASETS.TRAIN`` and ``DATASETS.TEST``, must
-    be there and sound. Others are registered if they can be, so that one config serves where only
-    some of its data is.
+    An entry is ``[name, json_file, image_root]``, or a folder with one of these layouts, whose
+    datasets are called after the folder and the split, such as "cells_train":
+
+    - ``train/_annotations.coco.json`` beside the images, and so on (Roboflow's);
+    - ``annotations/instances_train.json``, and images in ``train``, ``images/train`` or ``images``.
+
+    ``~`` and ``$VARIABLES`` in paths are expanded. Relative paths are looked for in the current
+    directory, then in the folder that the environment variable ``DETECTRON2_DATASETS`` names
+    ("datasets" by default). The other entries are not looked at, so that one config serves where
+    only some of its data is.
 
     Raises:
-        InputError: an entry is malformed, or the data of a required one missing or not sound.
+        InputError: an entry is malformed, or the data missing or not sound.
     """
-    if required is None:
-        required = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    if names is None:
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    classes = list(cfg.DATASETS.CLASSES)
+    if len(set(classes)) < len(classes):
+        raise InputError(f"DATASETS.CLASSES names a class twice: {name_some(classes, 20)}")
     for entry in cfg.DATASETS.REGISTER:
-        is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
-        if not is_triple or not all(isinstance(item, str) and item for item in entry):
+        items = [entry] if isinstance(entry, str) else entry
+        is_list = isinstance(items, (list, tuple)) and len(items) in (1, 3)
+        if not is_list or not all(isinstance(item, str) and item for item in items):
             raise InputError(
-                "DATASETS.REGISTER must be a list of [name, json_file, image_root], for instance "
-                "[['cells_train', 'cells/train.json', 'cells/images']], but has the entry "
-                f"{entry!r}"
+                "DATASETS.REGISTER must be a list of [name, json_file, image_root], or of folders, "
+                "for instance [['cells_train', 'cells/train.json', 'cells/images']], but has the "
+                f"entry {entry!r}"
             )
-        name, json_file, image_root = entry
-        try:
+        if not all(item.isprintable() for item in items):
+            raise InputError(
+                f"DATASETS.REGISTER has the entry {entry!r}, in which \\ begins a control "
+                "character: write paths with /, or with \\\\"
+            )
+        if len(items) == 1:
+            _register_folder(items[0], names, classes)
+        elif items[0] in names:
+            name, json_file, image_root = items
             register_coco_format(
                 name,
                 _find(name, "file", json_file, os.path.isfile),
                 _find(name, "folder", image_root, os.path.isdir),
+                classes,
             )
-        except InputError as error:
-            if name in required:
-                raise
-            logger.info(f"Dataset '{name}' is not needed here and not registered: {error}")
+    _refuse_classes_of_others(classes, names)
+
+
+def _register_folder(path: str, names: Iterable[str], classes: Sequence[str]) -> None:
+    prefix = os.path.basename(os.path.abspath(path))
+    wanted = [name for name in names if name.startswith(f"{prefix}_")]
+    if not wanted:
+        return
+    folder = _find(prefix, "folder", path, os.path.isdir)
+    splits = {}
+    for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "_annotations.coco.json"))):
+        splits[os.path.basename(os.path.dirname(file))] = (file, os.path.dirname(file))
+    pattern = os.path.join(glob.escape(folder), "annotations", "instances_*.json")
+    for file in sorted(glob.glob(pattern)):
+        split = os.path.basename(file)[len("instances_") : -len(".json")]
+        roots = [
+            os.path.join(folder, *parts) for parts in ((split,), ("images", split), ("images",))
+        ]
+        splits[split] = (file, next(filter(os.path.isdir, roots), folder))
+    if not splits:
+        raise InputError(
+            f"DATASETS.REGISTER: {folder} has neither train/_annotations.coco.json and the like "
+            "nor annotations/instances_*.json: name the files, [name, json_file, image_root]"
+        )
+    for name in wanted:
+        split = name[len(prefix) + 1 :]
+        if split in splits:
+            register_coco_format(name, *splits[split], classes)
+        elif name not in DatasetCatalog:
+            there = name_some(f"{prefix}_{split}" for split in splits)
+            raise InputError(f"DATASETS.REGISTER: {folder} has no dataset '{name}', but {there}")
+
+
+def _refuse_classes_of_others(classes: Sequence[str], names: Iterable[str]) -> None:
+    """DATASETS.CLASSES does nothing for datasets that DATASETS.REGISTER does not have."""
+    for name in names if classes else ():
+        metadata = MetadataCatalog.get(name)
+        if name in DatasetCatalog and metadata.get("annotation_file") is None:
+            files = [name, metadata.get("json_file", "<json_file>"), metadata.get("image_root", "")]
+            raise InputError(
+                f"DATASETS.CLASSES is for datasets of DATASETS.REGISTER, and '{name}' is none: add "
+                f"{['my_' + files[0], *files[1:]]} there, and use that name"
+            )
 
 
 def _find(name: str, kind: str, path: str, exists: Callable[[str], bool]) -> str:
@@ -100,17 +160,39 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
         raise InputError(f"DATASETS.{used} names no dataset")
     for name in names:
         _check_exists(name)
-    _check_not_empty(names, train, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    for name in test:
-        problem = MetadataCatalog.get(name).get("evaluation_problem")
-        if problem:
-            raise InputError(f"Dataset '{name}' cannot be evaluated as it is: {problem}")
     classes = {name: _class_names(name) for name in names}
     classes = {name: known for name, known in classes.items() if known is not None}
+    _check_same_classes(classes)
     node = _NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE)
     if node is not None:
         _check_num_classes(f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES, classes)
-    _check_same_classes(classes)
+    _check_not_empty(names, train, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+
+
+def resolve_num_classes(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
+    """
+    The config itself, or where its number of classes is 0, one with the number of classes of the
+    first dataset to train on (to evaluate on: ``eval_only``), which has to be registered.
+
+    Raises:
+        InputError: the dataset does not know its classes.
+    """
+    node = _NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE)
+    if node is None or cfg.MODEL[node].NUM_CLASSES:
+        return cfg
+    names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
+    for name in names[:1]:
+        _check_exists(name)
+        classes = _class_names(name)
+        if classes:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL[node].NUM_CLASSES = len(classes)
+            cfg.freeze()
+            return cfg
+    raise InputError(
+        f"MODEL.{node}.NUM_CLASSES is 0, and no dataset says how many there are: set it"
+    )
 
 
 def load_training_dicts(cfg: CfgNode) -> list[dict]:
@@ -135,7 +217,9 @@ def loading(names: Sequence[str]) -> Iterator[None]:
     except (AssertionError, KeyError, OSError, json.JSONDecodeError) as error:
         if _comes_from_other_code(error):
             raise
-        files = {MetadataCatalog.get(name).get("json_file") for name in names} - {None}
+        keys = ("annotation_file", "json_file")
+        metadata = [MetadataCatalog.get(name) for name in names]
+        files = {next(filter(None, map(m.get, keys)), None) for m in metadata} - {None}
         where = f" ({', '.join(sorted(files))})" if files else ""
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"Dataset {', '.join(names)}{where} cannot be loaded: {reason}") from None
@@ -171,14 +255,16 @@ def _check_not_empty(names: tuple[str, ...], train: tuple[str, ...], needs_boxes
     for name in names:
         metadata = MetadataCatalog.get(name)
         if metadata.get("num_images") == 0:
-            raise InputError(f"Dataset '{name}' is empty: {metadata.json_file} has no images")
+            raise InputError(f"Dataset '{name}' is empty: {metadata.annotation_file} has no images")
     # Of datasets that others registered load_training_dicts tells, when they are loaded.
     known = [MetadataCatalog.get(name) for name in train]
     if needs_boxes and train and all(m.get("num_images_with_boxes") == 0 for m in known):
-        files = ", ".join(metadata.json_file for metadata in known)
+        files = ", ".join(metadata.annotation_file for metadata in known)
+        num_crowds = sum(metadata.num_crowds for metadata in known)
+        crowds = f": all {num_crowds} boxes are crowds ('iscrowd' or 'ignore')" * (num_crowds > 0)
         raise InputError(
-            f"No image of DATASETS.TRAIN {train} has a box to train on ({files}), and "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without"
+            f"No image of DATASETS.TRAIN {train} has a box to train on ({files}){crowds}. To train "
+            "on images without, set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
 
 
@@ -206,7 +292,10 @@ def _check_same_classes(classes: dict[str, list[str]]) -> None:
         pairs = itertools.zip_longest(classes[first], classes[second])
         for index, (name, other) in enumerate(pairs):
             if name != other:
+                common = [name for name in classes[first] if name in classes[second]]
+                advice = f": DATASETS.CLASSES {common} takes what both have" if common else ""
                 raise InputError(
                     f"Datasets '{first}' and '{second}' must have the same classes in the same "
                     f"order, but class {index} is {name!r} in the one, {other!r} in the other"
+                    f"{advice}"
                 )

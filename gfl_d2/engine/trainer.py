@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint import GFLCheckpointer
 from ..config import check_config, check_training_config
-from ..data import GFLDatasetMapper, load_training_dicts, loading
+from ..data import GFLDatasetMapper, load_training_dicts, loading, resolve_num_classes
 from ..deploy import compile_parts, has_fast_bfloat16
 from ..errors import InputError
 from .evaluation import build_evaluator, check_evaluators
@@ -71,6 +71,7 @@ class Trainer(DefaultTrainer):
         check_config(cfg)
         check_training_config(cfg)
         check_evaluators(cfg.DATASETS.TEST)
+        cfg = resolve_num_classes(cfg)
         super().__init__(cfg)
         step = self._trainer
         if cfg.SOLVER.BF16 and has_fast_bfloat16(next(self.model.parameters()).device.type):

@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..config import check_gfl_config
+from ..config_checks import require
 from ..errors import InputError
 from .assigner import build_assigner
 from .box_ops import distance_to_bbox
@@ -98,6 +99,8 @@ class GFL(DenseDetector):
     @classmethod
     def from_config(cls, cfg):
         check_gfl_config(cfg)
+        allowed = ">= 1 in a model (gfl_d2.data.resolve_num_classes puts the data's for 0)"
+        require(cfg, "MODEL.GFL.NUM_CLASSES", cfg.MODEL.GFL.NUM_CLASSES >= 1, allowed)
         backbone = build_backbone(cfg)
         feature_shapes = _feature_shapes(cfg, backbone)
         head = GFLHead(cfg, feature_shapes)

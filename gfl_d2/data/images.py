@@ -1,0 +1,197 @@
+"""The image files of a dataset: found, checked by their headers, and read."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+from urllib.parse import unquote
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import get_cache_dir
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ..errors import InputError, first_line
+from ..files import atomic_write
+
+__all__ = ["ImageHeader", "cache_folder", "find_images", "read_headers", "read_image"]
+
+logger = logging.getLogger(__name__)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values for pictures that lie on their side
+# Why an image cannot be read, where Pillow's own message is no good.
+_REASONS = {
+    FileNotFoundError: "no such file",
+    Image.UnidentifiedImageError: "it is not an image",
+}
+# Pillow raises SyntaxError for some kinds of damage in PNG files.
+_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_BATCH = 256
+
+
+class ImageHeader(NamedTuple):
+    """What the head of an image file says."""
+
+    width: int  # of the upright picture, in pixels
+    height: int
+    is_turned: bool  # by its EXIF orientation: width and height are the stored ones swapped
+    bits: int  # of a channel: 8, 16 or 32
+
+
+def cache_folder(name: str) -> str:
+    """A folder for what can be made anew, under iopath's (``$FVCORE_CACHE``)."""
+    folder = os.path.join(get_cache_dir(), "gfl_d2", name)
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def find_images(image_root: str, names: Sequence[str]) -> tuple[list[str | None], dict[str, int]]:
+    r"""
+    The paths of images from their ``file_name``. Where there is no such file, the name is tried
+    with / for \, URL-decoded, and from its end, so that a path of another machine serves.
+
+    Returns:
+        list: a path for each name, None if there is no such file, or if what is there is that of
+        another name too.
+        dict: how many names were read in which other way.
+    """
+    folders = _Folders()
+    paths, ways = [], []
+    for name in names:
+        tries = ((os.path.join(image_root, form), way) for form, way in _forms(name))
+        path, way = next(((p, way) for p, way in tries if folders.has_file(p)), (None, ""))
+        paths.append(path)
+        ways.append(way)
+    claims = collections.defaultdict(set)
+    for path, name in zip(paths, names):
+        claims[path].add(os.path.normpath(unquote(name.replace("\\", "/"))))
+    for i, (path, way) in enumerate(zip(paths, ways)):
+        if way and len(claims[path]) > 1:
+            paths[i], ways[i] = None, ""
+    return paths, dict(collections.Counter(filter(None, ways)))
+
+
+def _forms(name: str) -> Iterator[tuple[str, str]]:
+    """What a file name may mean, the likeliest first, with what was done to it."""
+    yield name, ""
+    slashed = name.replace("\\", "/")
+    yield slashed, "/ for \\"
+    decoded = unquote(slashed)
+    yield decoded, "URL-decoded"
+    for form in dict.fromkeys((slashed, decoded)):
+        parts = form.split("/")
+        for start in range(1, len(parts)):
+            yield "/".join(parts[start:]), "from the end of the path"
+
+
+class _Folders:
+    """Which files exist. Listing a folder of a network drive is faster than asking for each."""
+
+    def __init__(self):
+        self._names = {}
+
+    def has_file(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            try:
+                self._names[folder] = set(os.listdir(folder))
+            except OSError:
+                self._names[folder] = set()
+        return name in self._names[folder] or os.path.isfile(path)
+
+
+def read_headers(image_root: str, paths: Sequence[str]) -> list[ImageHeader | str]:
+    """
+    Read the headers of image files, in parallel. Those of files that have not changed since are
+    remembered in :func:`cache_folder`.
+
+    Returns:
+        list: a header for each path, or why the file cannot be read, as text.
+    """
+    key = hashlib.blake2b(os.path.abspath(image_root).encode(), digest_size=12).hexdigest()
+    cache_file = os.path.join(cache_folder("images"), f"{key}.json")
+    try:
+        with open(cache_file, encoding="utf-8") as file:
+            known = json.load(file)
+    except (OSError, ValueError):
+        known = {}
+    batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
+    results = []
+    show = len(paths) > 2000 and comm.is_main_process()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        tasks = pool.map(lambda batch: [_read_header(path, known) for path in batch], batches)
+        with tqdm(total=len(paths), desc="Image headers", disable=not show) as progress:
+            for batch in tasks:
+                results += batch
+                progress.update(len(batch))
+    new = {path: entry for path, entry in zip(paths, results) if not isinstance(entry, str)}
+    if any(known.get(path) != entry for path, entry in new.items()):
+        with atomic_write(cache_file, "w") as file:
+            file.write(json.dumps({**known, **new}))
+    return [e if isinstance(e, str) else ImageHeader(*e[2:]) for e in results]
+
+
+def _read_header(path: str, known: dict[str, list]) -> list | str:
+    """[time of the last change, bytes, *header], or why there is none."""
+    try:
+        stat = os.stat(path)
+        state = [stat.st_mtime_ns, stat.st_size]
+        entry = known.get(path)
+        if entry is not None and entry[:2] == state:
+            return entry
+        with Image.open(path) as image:
+            width, height = image.size
+            # To look for EXIF data behind the pixels of a PNG, Pillow would decode them.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            is_turned = has_exif and image.getexif().get(_ORIENTATION) in _TURNED
+            size = (height, width) if is_turned else (width, height)
+            return [*state, *size, is_turned, _bits(image)]
+    except _ERRORS as error:
+        return _reason(error)
+
+
+def _bits(image: Image.Image) -> int:
+    if image.mode.startswith("I;16"):
+        return 16
+    if image.mode == "I":  # these formats have 16 bits at most
+        return 16 if image.format in ("PNG", "PPM") else 32
+    return 32 if image.mode == "F" else 8
+
+
+def read_image(path: str, format: str) -> np.ndarray:
+    """
+    :func:`detectron2.data.detection_utils.read_image`, which also reads grey images of 16 bits: as
+    OpenCV does, their values are divided by 256.
+
+    Returns:
+        ndarray: shape (H, W, C), uint8, upright.
+
+    Raises:
+        InputError: the file is missing, truncated, no image, or has 32 bits per channel.
+    """
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            bits = _bits(image)
+            if bits == 8:
+                return detection_utils.read_image(path, format=format)
+            if bits == 32:
+                raise ValueError("it has 32 bits per pixel: save it with 8 or 16")
+            values = np.asarray(ImageOps.exif_transpose(image))
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+            return detection_utils.convert_PIL_to_numpy(image, format)
+    except _ERRORS as error:
+        raise InputError(f"Cannot read image {path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return _REASONS.get(type(error)) or " ".join(str(error).split()) or first_line(error)
