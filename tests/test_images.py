@@ -1,0 +1,135 @@
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from gfl_d2.data import images
+from gfl_d2.data.images import find_images, read_headers, read_image
+from gfl_d2.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "way"),
+    [
+        ("a.jpg", "a.jpg", ""),
+        ("b/a.jpg", "b/a.jpg", ""),
+        ("b\\a.jpg", "b/a.jpg", "/ for \\"),
+        ("b%20c/a%2B.jpg", "b c/a+.jpg", "URL-decoded"),
+        ("b\\c%20d.jpg", "b/c d.jpg", "URL-decoded"),
+        ("images/a.jpg", "a.jpg", "from the end of the path"),
+        ("/home/x/b/a.jpg", "b/a.jpg", "from the end of the path"),
+        ("C:\\x\\images\\a%20b.jpg", "a b.jpg", "from the end of the path"),
+        ("http://host/x/a%20b.jpg", "a b.jpg", "from the end of the path"),
+        ("x%20y.jpg", "x%20y.jpg", ""),
+        ("odd\\name.jpg", "odd\\name.jpg", ""),
+    ],
+)
+def test_file_names_of_other_machines(tmp_path, name, file, way):
+    touch(tmp_path, file, "other.jpg")
+    paths, ways = find_images(str(tmp_path), [name, "other.jpg"])
+    assert os.path.samefile(paths[0], tmp_path / file)
+    assert os.path.samefile(paths[1], tmp_path / "other.jpg")
+    assert ways == ({way: 1} if way else {})
+
+
+def test_the_name_as_it_stands_comes_first(tmp_path):
+    touch(tmp_path, "b/a.jpg", "a.jpg", "a b.jpg", "a%20b.jpg")
+    paths, ways = find_images(str(tmp_path), ["b/a.jpg", "a%20b.jpg"])
+    assert [os.path.relpath(p, tmp_path) for p in paths] == ["b/a.jpg", "a%20b.jpg"]
+    assert ways == {}
+
+
+def test_one_file_is_not_taken_for_two_images(tmp_path):
+    touch(tmp_path, "1.jpg", "2.jpg")
+    names = ["cats/1.jpg", "dogs/1.jpg", "cats/2.jpg", "2.jpg", "nowhere.jpg"]
+    paths, ways = find_images(str(tmp_path), names)
+    assert paths == [None, None, None, str(tmp_path / "2.jpg"), None]
+    assert ways == {}
+    # Two ways to write one name are one image, which a file may list twice.
+    assert None not in find_images(str(tmp_path), ["x\\1.jpg", "x/1.jpg"])[0]
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+
+
+def test_headers(tmp_path):
+    grey16 = np.full((20, 30), 40000, dtype=np.uint16)
+    Image.new("RGB", (30, 20)).save(tmp_path / "8.png")
+    cv2.imwrite(str(tmp_path / "16.png"), grey16)
+    cv2.imwrite(str(tmp_path / "16.tif"), grey16)
+    Image.new("F", (30, 20)).save(tmp_path / "float.tif")
+    Image.new("I", (30, 20)).save(tmp_path / "32.tif")
+    turned(tmp_path / "turned.jpg")
+    turned(tmp_path / "turned.png")
+    (tmp_path / "empty.jpg").touch()
+    names = ["8.png", "16.png", "16.tif", "float.tif", "32.tif", "turned.jpg", "turned.png"]
+    paths = [str(tmp_path / name) for name in [*names, "empty.jpg", "missing.jpg"]]
+    for _ in range(2):  # the second from what is remembered
+        headers = read_headers(str(tmp_path), paths)
+        assert [h[3] for h in headers[:5]] == [8, 16, 16, 32, 32]
+        assert headers[0] == (30, 20, False, 8)
+        assert headers[5] == headers[6] == (20, 30, True, 8)
+        assert headers[7:] == ["it is not an image", "no such file"]
+
+
+def test_headers_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", (30, 20)).save(path)
+    read_headers(str(tmp_path), [path])
+    with monkeypatch.context() as patch:
+        patch.setattr(images.Image, "open", lambda _: pytest.fail("read again"))
+        assert read_headers(str(tmp_path), [path])[0][:2] == (30, 20)
+    Image.new("RGB", (31, 20)).save(path)
+    assert read_headers(str(tmp_path), [path])[0][:2] == (31, 20)
+
+
+def test_a_damaged_memory_is_made_anew(tmp_path):
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", (30, 20)).save(path)
+    read_headers(str(tmp_path), [path])
+    (file,) = (tmp_path / "cache" / "gfl_d2" / "images").iterdir()
+    file.write_text("{")
+    assert read_headers(str(tmp_path), [path])[0][:2] == (30, 20)
+    assert json.loads(file.read_text())[path][2:4] == [30, 20]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("format", ["BGR", "RGB", "L"])
+def test_16_bits_are_read_as_opencv_reads_them(tmp_path, suffix, format):
+    path = str(tmp_path / f"a.{suffix}")
+    values = np.random.default_rng(0).integers(0, 65536, (20, 30), dtype=np.uint16)
+    cv2.imwrite(path, values)
+    image = read_image(path, format)
+    assert image.dtype == np.uint8
+    expected = cv2.imread(path, cv2.IMREAD_COLOR)
+    assert np.array_equal(image, expected if format != "L" else expected[:, :, :1])
+    assert np.array_equal(expected[:, :, 0], values >> 8)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_32_bits_are_refused(tmp_path, mode):
+    Image.new(mode, (30, 20)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif: it has 32 bits per pixel: save it with 8 or 16"):
+        read_image(str(tmp_path / "a.tif"), "BGR")
+
+
+def test_other_images_are_read_as_detectron2_reads_them(tmp_path):
+    turned(tmp_path / "turned.jpg")
+    assert read_image(str(tmp_path / "turned.jpg"), "BGR").shape == (30, 20, 3)

@@ -1,0 +1,336 @@
+"""What a config says of data: folders, classes, their number; and data that changes."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from gfl_d2.config import load_config
+from gfl_d2.data import (
+    check_datasets,
+    read_coco,
+    register_coco_format,
+    register_datasets,
+    resolve_num_classes,
+)
+from gfl_d2.errors import InputError
+from test_data import HEIGHT, WIDTH, Data, make_cfg, warnings
+from toy_training import CONFIG
+
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
+
+
+@pytest.fixture
+def data(tmp_path) -> Data:
+    return Data(tmp_path / "data")
+
+
+def ground_truth(name):
+    return json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+
+
+def boxes_of(name):
+    return [[a["category_id"] for a in r["annotations"]] for r in DatasetCatalog.get(name)]
+
+
+# Changed data
+
+
+def test_a_corrected_file_is_read_anew(data):
+    data.register()
+    data.coco["categories"][0]["name"] = "wolf"
+    data.coco["annotations"].pop()
+    data.register()
+    assert MetadataCatalog.get("pets").thing_classes == ["cat", "wolf"]
+    assert boxes_of("pets") == [[1], []]
+
+
+def test_ground_truth_of_changed_data_has_another_file(data):
+    data.coco["annotations"][0]["id"] = 0
+    data.register()
+    first = MetadataCatalog.get("pets").json_file
+    assert ground_truth("pets")["annotations"][0]["bbox"] == [2, 3, 10, 8]
+    data.coco["annotations"][0]["bbox"] = [1, 1, 5, 5]
+    data.register()
+    assert MetadataCatalog.get("pets").json_file != first
+    assert ground_truth("pets")["annotations"][0]["bbox"] == [1, 1, 5, 5]
+
+
+def test_a_sound_file_is_its_own_ground_truth(data):
+    data.register()
+    assert MetadataCatalog.get("pets").json_file == str(data.json_file)
+    data.coco["annotations"][0]["iscrowd"] = "1"
+    data.write()
+    content = data.json_file.read_bytes()
+    register_coco_format("pets", data.json_file, data.image_root)
+    metadata = MetadataCatalog.get("pets")
+    assert metadata.json_file != metadata.annotation_file == str(data.json_file)
+    assert [a["iscrowd"] for a in ground_truth("pets")["annotations"]] == [1, 0]
+    assert data.json_file.read_bytes() == content
+    assert {path.name for path in data.folder.iterdir()} == {"annotations.json", "images"}
+
+
+def test_one_table_sums_up_the_changes(data, caplog):
+    for annotation in data.coco["annotations"]:
+        del annotation["area"], annotation["id"]
+    data.coco["images"][0]["width"] = None
+    data.register()
+    (table,) = warnings(caplog)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[3:]]
+    assert lines == [
+        ["2", "annotations without id", "numbered from 1"],
+        ["2", "annotations without 'area'", "width x height"],
+        ["1", "images without size", "that of the image file"],
+    ]
+
+
+# Boxes that cannot be right
+
+
+def set_boxes(data, boxes):
+    first = data.coco["annotations"][0]
+    data.coco["annotations"] = [{**first, "id": i, "bbox": b} for i, b in enumerate(boxes, 1)]
+    for annotation in data.coco["annotations"]:
+        del annotation["area"]
+
+
+CORNERS = [[20, 10, 38, 28], [2, 3, 12, 11], [25, 15, 30, 25], [30, 2, 38, 20]]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "guess"),
+    [
+        (CORNERS, "they look like x0, y0, x1, y1: write x0, y0, width, height"),
+        ([[20, 15, 38, 28], [30, 20, 18, 18], [25, 20, 28, 18]], "they look like centres"),
+        ([[2, 5, 20, 34], [5, 20, 10, 19], [3, 25, 12, 14]], "turned by 90 degrees"),
+        ([[90, 60, 20, 30], [5, 20, 100, 19], [70, 5, 40, 30]], "images of another size"),
+    ],
+)
+def test_boxes_that_leave_their_image(data, caplog, boxes, guess):
+    set_boxes(data, boxes)
+    data.register()
+    (warning,) = [text for text in warnings(caplog) if "leave their image" in text]
+    assert f"{data.json_file}: " in warning
+    assert "% of the boxes leave their image" in warning
+    assert guess in warning
+
+
+def test_a_few_boxes_may_leave_their_image(data, caplog):
+    set_boxes(data, [*[[1, 1, 9, 9]] * 100, *CORNERS[:3]])
+    data.register()
+    assert not [text for text in warnings(caplog) if "leave their image" in text]
+
+
+def test_normalized_boxes_are_refused(data):
+    set_boxes(data, [[0.1, 0.2, 0.5, 0.6], [0, 0, 1, 1]])
+    message = data.error()
+    assert "all values of 'bbox' are at most 1, so the boxes are normalized: multiply" in message
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "exif", "hint"),
+    [
+        ((HEIGHT, WIDTH), True, "before the EXIF rotation"),
+        ((HEIGHT, WIDTH), False, "Width and height are swapped"),
+        ((WIDTH // 2, HEIGHT // 2), False, "resized copies"),
+    ],
+)
+def test_sizes_that_are_not_those_of_the_images(data, size, exif, hint):
+    orientation = Image.Exif()
+    orientation[0x0112] = 6 if exif else 1
+    for image in data.coco["images"]:
+        image["width"], image["height"] = size
+        stored = (HEIGHT, WIDTH) if exif else (WIDTH, HEIGHT)
+        Image.new("RGB", stored).save(data.image_root / image["file_name"], exif=orientation)
+    message = data.error()
+    assert "2 of the 2 images" in message
+    assert f"1.png is {WIDTH}x{HEIGHT}, not {size[0]}x{size[1]}" in message
+    assert hint in message
+
+
+# DATASETS.CLASSES
+
+
+def test_classes_are_taken_in_the_order_of_the_config(data, caplog):
+    data.coco["categories"].append({"id": 5, "name": "cow"})
+    data.coco["annotations"].append({**data.coco["annotations"][0], "id": 13, "category_id": 5})
+    data.write()
+    entry = ["pets", data.json_file, data.image_root]
+    cfg = make_cfg(num_classes=2, register=[entry])
+    cfg.DATASETS.CLASSES = ["dog", "cow"]
+    register_datasets(cfg)
+    check_datasets(cfg)
+    metadata = MetadataCatalog.get("pets")
+    assert metadata.thing_classes == ["dog", "cow"]
+    assert boxes_of("pets") == [[0, 1], []]
+    # The ids of the ground truth are in the order of the classes, as the table of APs has it.
+    sound = ground_truth("pets")
+    assert [c["name"] for c in sorted(sound["categories"], key=lambda c: c["id"])] == ["dog", "cow"]
+    assert len(sound["annotations"]) == 2
+    assert "left out, with 1 boxes" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize("classes", [["cat", "cow"], ["dog", "dog"]])
+def test_classes_that_there_are_not(data, classes):
+    data.write()
+    cfg = make_cfg(register=[["pets", data.json_file, data.image_root]])
+    cfg.DATASETS.CLASSES = classes
+    with pytest.raises(InputError, match=r"DATASETS.CLASSES names ('cow'|a class twice)"):
+        register_datasets(cfg)
+
+
+def test_classes_are_for_registered_data_only():
+    cfg = make_cfg(("coco_2017_train",), ("coco_2017_val",))
+    cfg.DATASETS.CLASSES = ["car"]
+    with pytest.raises(InputError, match=r"'coco_2017_train' is none: add \['my_coco_2017_train'"):
+        register_datasets(cfg)
+
+
+# The number of classes
+
+
+def test_number_of_classes_of_the_data(data):
+    data.register()
+    cfg = make_cfg(num_classes=0)
+    cfg.freeze()
+    resolved = resolve_num_classes(cfg)
+    assert (resolved.MODEL.GFL.NUM_CLASSES, cfg.MODEL.GFL.NUM_CLASSES) == (2, 0)
+    check_datasets(resolved)
+    assert resolve_num_classes(resolved) is resolved
+    with pytest.raises(InputError, match=r"NUM_CLASSES is 0, and no dataset says how many"):
+        resolve_num_classes(make_cfg((), (), num_classes=0))
+
+
+# The real cause first
+
+
+def test_different_classes_are_told_before_their_number(data, tmp_path):
+    data.register("pets_train")
+    other = Data(tmp_path / "other")
+    other.coco["categories"].append({"id": 9, "name": "cow"})
+    other.register("pets_val")
+    with pytest.raises(InputError) as error:
+        check_datasets(make_cfg(("pets_train",), ("pets_val",), num_classes=80))
+    assert "'pets_train' and 'pets_val' must have the same classes" in str(error.value)
+    assert "DATASETS.CLASSES ['cat', 'dog'] takes what both have" in str(error.value)
+
+
+def test_crowds_alone_are_the_cause(data):
+    for annotation, crowd in zip(data.coco["annotations"], ({"iscrowd": 1}, {"ignore": 1})):
+        annotation.update(crowd)
+    data.register()
+    with pytest.raises(InputError, match="all 2 boxes are crowds"):
+        check_datasets(make_cfg())
+
+
+def test_a_test_set_without_annotations(data):
+    data.coco["annotations"] = []
+    data.register()
+    check_datasets(make_cfg(), eval_only=True)
+    assert not MetadataCatalog.get("pets").has_annotations
+    assert "annotations" not in ground_truth("pets")
+
+
+# Folders
+
+
+def make_folder(folder, files, data):
+    for file, images in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(data.coco))
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        for path in data.image_root.iterdir():
+            (folder / images / path.name).write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train/_annotations.coco.json": "train", "valid/_annotations.coco.json": "valid"},
+        {
+            "annotations/instances_train.json": "train",
+            "annotations/instances_valid.json": "images/valid",
+        },
+        {
+            "annotations/instances_train.json": "images",
+            "annotations/instances_valid.json": "images",
+        },
+    ],
+)
+def test_a_folder_is_enough(data, tmp_path, files, monkeypatch):
+    make_folder(tmp_path / "cells", files, data)
+    monkeypatch.chdir(tmp_path)
+    cfg = make_cfg(("cells_train",), ("cells_valid",), num_classes=0)
+    cfg.merge_from_list(["DATASETS.REGISTER", "['cells/']"])
+    register_datasets(cfg)
+    check_datasets(resolve_num_classes(cfg))
+    for name in ("cells_train", "cells_valid"):
+        assert boxes_of(name) == [[1], [0]]
+    assert MetadataCatalog.get("cells_valid").annotation_file == "cells/" + list(files)[1]
+
+
+def test_a_folder_without_the_dataset(data, tmp_path):
+    make_folder(tmp_path / "cells", {"train/_annotations.coco.json": "train"}, data)
+    cfg = make_cfg(("cells_train",), ("cells_val",))
+    cfg.DATASETS.REGISTER = [str(tmp_path / "cells")]
+    with pytest.raises(InputError, match="cells has no dataset 'cells_val', but cells_train"):
+        register_datasets(cfg)
+    (tmp_path / "cells" / "train" / "_annotations.coco.json").unlink()
+    with pytest.raises(InputError, match=r"has neither train/_annotations\.coco\.json"):
+        register_datasets(cfg)
+    cfg.DATASETS.REGISTER = [str(tmp_path / "nowhere" / "cells")]
+    with pytest.raises(InputError, match=r"no folder .*nowhere"):
+        register_datasets(cfg)
+
+
+# Paths of Windows
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        r"[['a', 'C:\new\train.json', 'C:\Users\x']]",
+        r"[['a', 'C:\\new\\train.json', 'C:\\Users\\x']]",
+    ],
+)
+def test_backslashes_are_read_as_written(value):
+    cfg = load_config(CONFIG, ["DATASETS.REGISTER", value])
+    assert cfg.DATASETS.REGISTER == [["a", "C:\\new\\train.json", "C:\\Users\\x"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (r"[['a', '\\server\share', 'D:\data\']]", ["a", r"\\server\share", "D:\\data\\"]),
+        (r"[['it\'s', 'b', 'c']]", ["it's", "b", "c"]),
+    ],
+)
+def test_more_backslashes(value, expected):
+    (entry,) = load_config(CONFIG, ["DATASETS.REGISTER", value]).DATASETS.REGISTER
+    assert entry == expected
+
+
+def test_control_characters_in_a_path(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text('DATASETS: {REGISTER: [["a", "C:\\new.json", "b"]], TRAIN: ["a"]}')
+    with pytest.raises(InputError, match=r"in which \\ begins a control character"):
+        register_datasets(load_config(str(config)))
+
+
+def test_read_coco_alone(data, caplog):
+    caplog.set_level(logging.WARNING)
+    data.write()
+    read = read_coco(data.json_file, data.image_root)
+    assert read.boxes.tolist() == [[2, 3, 10, 8]] * 2
+    assert read.class_names == ["cat", "dog"]
+    assert read.class_indices.tolist() == [1, 0]
+    assert read.sizes.tolist() == [[WIDTH, HEIGHT]] * 2
+    assert not warnings(caplog)
+    register_coco_format("pets", data.json_file, data.image_root)
+    assert DatasetCatalog.get("pets") == read.to_records()
