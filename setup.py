@@ -32,6 +32,7 @@ setup(
     # as a matching pair that pip cannot choose. An installed Detectron2 has all three.
     install_requires=["fvcore", "numpy", "opencv-python", "pycocotools"],
     extras_require={
+        "data": ["supervision>=0.31.2; python_version >= '3.10'"],
         "dev": ["hypothesis", "import-linter", "pytest", "ruff"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
     },

@@ -405,14 +405,14 @@ def measure_memory(step: Step, device: str) -> float | None:
         # Give back what the allocator keeps at hand: it would not show. Then reset the peak.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _read_status("VmRSS")
+        before = read_status("VmRSS")
         step()
-        return (_read_status("VmHWM") - before) / 2**10
+        return (read_status("VmHWM") - before) / 2**10
     except (AttributeError, OSError):
         return None
 
 
-def _read_status(key: str) -> int:
+def read_status(key: str) -> int:
     """In KiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):

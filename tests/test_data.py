@@ -191,7 +191,7 @@ def test_item_of_wrong_type(data, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("images", "image id 1 occurs twice, for 1.png and 2.png: give each an id of its own"),
+        ("images", "image id 1 occurs twice, for 1.png (40x30) and 2.png (40x30): give each an id"),
         ("categories", "category id 7 occurs twice, for 'dog' and 'cat'"),
     ],
 )

@@ -19,7 +19,7 @@ from ..errors import InputError, name_some
 __all__ = ["CocoData", "read_annotations", "read_bytes"]
 
 # What is read as 0 or 1. Hashing takes true and 1.0 for 1.
-_FLAGS = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}
+_FLAGS = {0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 _REMEDY = "correct or delete that annotation"
 
 
@@ -256,7 +256,8 @@ class _Reader:
         repeated = [id for id in order if counts[names[id]] > 1]
         self.note(len(repeated), "categories of the same name", "told apart by their ids")
         for id in repeated:
-            names[id] = f"{names[id]} (id {id})"
+            while counts[names[id]]:
+                names[id] = f"{names[id]} (id {id})"
         return ids, [names[id] for id in order], {id: i for i, id in enumerate(order)}
 
     def read_images(self, data: Any) -> tuple[list, list[str], np.ndarray, dict]:
@@ -270,9 +271,10 @@ class _Reader:
             if not isinstance(file_name, str) or not file_name:
                 self.fail(f"image {id!r} has no proper file_name, but {file_name!r}: correct it")
             image = (file_name, *(_to_size(item.get(key)) for key in ("width", "height")))
-            if images.setdefault(_to_scalar(id), image) != image:
-                files = f"{images[_to_scalar(id)][0]} and {file_name}"
-                self.fail(f"image id {id!r} occurs twice, for {files}: give each an id of its own")
+            known = images.setdefault(_to_scalar(id), image)
+            if known != image:
+                twice = " and ".join(f"{name} ({w}x{h})" for name, w, h in (known, image))
+                self.fail(f"image id {id!r} occurs twice, for {twice}: give each an id of its own")
         self.note(len(items) - len(images), "images that repeat another", "merged")
         self._file_names = {id: image[0] for id, image in images.items()}
         ids, odd = list(images), sum(isinstance(id, (float, bool)) for id in written[0])
@@ -317,6 +319,8 @@ class _Reader:
             found = [index.get(to_id(value), -1) for value in values]
         except TypeError:  # a list or an object
             found = [-1 if isinstance(v, (list, dict)) else index.get(to_id(v), -1) for v in values]
+        kind = key[: -len("_id")]
+        self.note(found.count(-1), f"annotations whose {key} is of another type", f"the {kind}'s")
         if -1 in found:
             # An id may be a text here and a number there.
             by_text = collections.defaultdict(list)
@@ -325,13 +329,12 @@ class _Reader:
             for i in (i for i, place in enumerate(found) if place < 0):
                 places = by_text.get(str(to_id(values[i])), ())
                 if len(places) != 1:
-                    kind = key[: -len("_id")]
                     self.fail(
                         f"{self.name(items, i)} is of unknown {kind} {values[i]!r}; known: "
                         f"{name_some(index)}. Add the {kind}, or delete the annotation"
                     )
                 found[i] = places[0]
-        odd = sum(type(value) not in (int, str) for value in values)
+        odd = sum(type(value) is not type(to_id(value)) for value in values)
         self.note(odd, f"annotations whose {key} is not written as an integer", "integers")
         return np.array(found, dtype=np.int64)
 
@@ -375,7 +378,7 @@ class _Reader:
         if None in flags.values():
             pairs = enumerate(values)
             i = next(i for i, v in pairs if isinstance(v, (list, dict)) or _to_flag(v) is None)
-            where = f"{self.name(items, i)} has '{key}' {values[i]!r}"
+            where = f"{self.name(items, i)} has '{key}' {str(values[i])[:60]!r}"
             self.fail(f"{where}, neither 0 nor 1: {_REMEDY}")
         missing = values.count(None)
         if not may_lack:
