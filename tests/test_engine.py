@@ -1,19 +1,15 @@
-"""The trainer, its hooks, evaluators, output folder and metrics."""
+"""The trainer, its hooks, output folder and metrics."""
 
 from __future__ import annotations
 
 import copy
-import importlib.machinery
 import io
 import json
 import math
-import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -25,8 +21,6 @@ from gfl_d2.engine import (
     BestModelSaver,
     BFloat16Trainer,
     Trainer,
-    build_evaluator,
-    check_evaluators,
     check_output_folder,
     read_metrics,
     trainer,
@@ -227,54 +221,6 @@ def test_trainer_saves_by_its_own_checkpointer(make_trainer, tmp_path):
     hooks = make_trainer()._hooks
     checkpointers = [hook.checkpointer for hook in hooks if hasattr(hook, "checkpointer")]
     assert [type(c) for c in checkpointers] == [GFLCheckpointer]
-
-
-# Evaluators
-
-
-@pytest.fixture
-def lvis(monkeypatch):
-    """The package with LVIS' API, as far as it is asked for when an evaluator is made."""
-    module = ModuleType("lvis")
-    module.__spec__ = importlib.machinery.ModuleSpec("lvis", None)
-    module.LVIS = lambda json_file: SimpleNamespace(get_ann_ids=list)
-    monkeypatch.setitem(sys.modules, "lvis", module)
-
-
-@pytest.mark.parametrize(
-    ("kind", "evaluator"),
-    [
-        (None, COCOEvaluator),
-        ("coco", COCOEvaluator),
-        ("lvis", LVISEvaluator),
-        ("pascal_voc", PascalVOCDetectionEvaluator),
-    ],
-)
-def test_evaluator_by_the_type_of_a_dataset(tmp_path, clean_catalogs, lvis, kind, evaluator):
-    empty = {"images": [], "annotations": [], "categories": []}
-    (tmp_path / "annotations.json").write_text(json.dumps(empty))
-    metadata = MetadataCatalog.get("toy").set(
-        json_file=str(tmp_path / "annotations.json"),
-        thing_classes=["cat"],
-        **{"dirname": str(tmp_path), "split": "val", "year": 2012},
-    )
-    if kind:
-        metadata.evaluator_type = kind
-    assert type(build_evaluator("toy", str(tmp_path))) is evaluator
-
-
-@pytest.mark.parametrize("kind", ["sem_seg", "cityscapes_instance"])
-def test_unknown_evaluator_type(clean_catalogs, kind):
-    MetadataCatalog.get("toy").evaluator_type = kind
-    with pytest.raises(InputError, match=f"'toy' has the evaluator_type '{kind}'"):
-        check_evaluators(["toy"])
-
-
-def test_lvis_needs_its_api(clean_catalogs, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    MetadataCatalog.get("toy").evaluator_type = "lvis"
-    with pytest.raises(InputError, match=r"'toy' needs .*pip install lvis"):
-        check_evaluators(["toy"])
 
 
 def test_trainer_checks_evaluators_at_the_start(make_trainer):

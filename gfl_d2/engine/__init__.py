@@ -1,4 +1,4 @@
-from .evaluation import build_evaluator, check_evaluators
+from .evaluation import BoxEvaluator, build_evaluator, check_evaluators
 from .hooks import BestModelSaver
 from .runs import check_output_folder, inference_folder, read_metrics
 from .trainer import BFloat16Trainer, Trainer

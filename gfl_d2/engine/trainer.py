@@ -141,7 +141,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        return build_evaluator(dataset_name, output_folder or inference_folder(cfg, dataset_name))
+        folder = output_folder or inference_folder(cfg, dataset_name)
+        return build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
