@@ -5,6 +5,8 @@ Train or evaluate GFL, in the form of Detectron2's own training script:
     python train_net.py --config-file configs/gfl_R_50_FPN_1x.yaml --num-gpus 8
     python train_net.py --config-file configs/gfl_R_50_FPN_1x.yaml --eval-only \
         MODEL.WEIGHTS output/model_final.pth
+
+Checkpoints of a training carry their config, so --eval-only MODEL.WEIGHTS alone is enough for them.
 """
 
 import logging
@@ -17,7 +19,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
 from gfl_d2.config import check_training_config, load_config
 from gfl_d2.data import check_datasets, register_datasets, resolve_num_classes
 from gfl_d2.deploy import prepare_for_inference
@@ -25,10 +27,23 @@ from gfl_d2.engine import Trainer, check_evaluators, check_output_folder, infere
 from gfl_d2.errors import InputError, user_message
 
 
+def read_config(args):
+    """The config of --config-file, or else of the checkpoint to evaluate."""
+    if args.config_file:
+        return load_config(args.config_file, args.opts)
+    weights = dict(zip(args.opts[::2], args.opts[1::2])).get("MODEL.WEIGHTS")
+    if not (args.eval_only and weights):
+        raise InputError(
+            "Give --config-file. Only --eval-only does without, if MODEL.WEIGHTS names a "
+            "checkpoint that carries its config"
+        )
+    return load_checkpoint_config(weights, args.opts)
+
+
 def setup(args):
     """Create the config and check it against the data, before anything is written."""
     setup_logger(distributed_rank=comm.get_rank(), name="gfl_d2")
-    cfg = load_config(args.config_file, args.opts)
+    cfg = read_config(args)
     register_datasets(cfg, cfg.DATASETS.TEST if args.eval_only else None)
     cfg = resolve_num_classes(cfg, args.eval_only)
     check_datasets(cfg, eval_only=args.eval_only)

@@ -1,21 +1,28 @@
-"""Loading weights so that what does not fit is an error, not a line in the log."""
+"""
+Loading weights so that what does not fit is an error, not a line in the log, and saving them with
+what describes the model.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from .config import parse_config
 from .errors import InputError, first_line, name_some
 from .files import atomic_write
 
-__all__ = ["GFLCheckpointer", "describe_problems"]
+__all__ = ["GFLCheckpointer", "describe_model", "describe_problems", "load_checkpoint_config"]
 
 # Parameters that depend on the number of classes: fine-tuning on other data starts them anew.
 _CLASS_DEPENDENT = re.compile(r"^head\.cls_score\.")
@@ -45,13 +52,27 @@ class GFLCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, complete: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        complete: bool = False,
+        description: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ):
-        """``complete``: require every parameter, as evaluation does."""
+        """
+        Args:
+            complete: require every parameter, as evaluation does.
+            description: saved with the weights, see :func:`describe_model`.
+        """
         super().__init__(model, save_dir, **kwargs)
+        self.description = dict(description or {})
         self.path_manager = _AtomicPathManager()
         self.complete = complete
         self._path = ""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        super().save(name, **{**self.description, **kwargs})
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As :meth:`load`, from the last checkpoint in ``save_dir`` if there is one to resume."""
@@ -70,13 +91,7 @@ class GFLCheckpointer(DetectionCheckpointer):
             self.logger.warning("MODEL.WEIGHTS is empty: the weights are random.")
         if not path:
             return super().load(path, *args, **kwargs)
-        try:
-            # Detectron2 reads options from what follows a "?".
-            local_path = self.path_manager.get_local_path(path.partition("?")[0])
-        except OSError as error:  # a download that failed
-            raise InputError(f"Weights file {path} cannot be fetched: {error}") from None
-        if not os.path.isfile(local_path):
-            raise InputError(f"Weights file {path} does not exist")
+        _get_local_path(path)
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -178,6 +193,52 @@ class _AtomicPathManager:
         if mode not in ("w", "wb") or "://" in path:
             return PathManager.open(path, mode, **kwargs)
         return atomic_write(path, mode)
+
+
+def describe_model(cfg: CfgNode, class_names: Iterable[str] | None = None) -> dict[str, Any]:
+    """
+    What a checkpoint carries beside the weights, so that it can be used alone, as plain data:
+    "config", in yaml, and "class_names", a list of str, where they are known.
+    """
+    names = [str(name) for name in class_names or ()]
+    return {"config": cfg.dump(), **({"class_names": names} if names else {})}
+
+
+def load_checkpoint_config(path: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode:
+    """
+    The config that a checkpoint carries, with the checkpoint as ``MODEL.WEIGHTS``, changed by
+    ``KEY VALUE`` pairs and checked: see :func:`gfl_d2.config.parse_config`. Only tensors and plain
+    data are read: nothing in the file is executed.
+
+    Raises:
+        InputError: the file is missing or carries no config, or a key or value is wrong.
+    """
+    path, text, problem = os.fspath(path), None, "carries no config"
+    try:
+        content = torch.load(_get_local_path(path), map_location="cpu", weights_only=True)
+        text = content.get("config") if isinstance(content, Mapping) else None
+    except InputError:
+        raise
+    except Exception as error:  # unpickling may raise anything
+        problem = f"cannot be read as tensors and plain data ({type(error).__name__})"
+    if not isinstance(text, str):
+        raise InputError(
+            f"Weights file {path} {problem}: give a config, as --config-file to a script, or as "
+            "Predictor(cfg) with the file as cfg.MODEL.WEIGHTS"
+        )
+    return parse_config(text, path, opts)
+
+
+def _get_local_path(path: str) -> str:
+    """Where the file is, after a download if need be. Raises InputError if there is none."""
+    try:
+        # Detectron2 reads options from what follows a "?".
+        local_path = PathManager.get_local_path(path.partition("?")[0])
+    except OSError as error:  # a download that failed
+        raise InputError(f"Weights file {path} cannot be fetched: {error}") from None
+    if not os.path.isfile(local_path):
+        raise InputError(f"Weights file {path} does not exist")
+    return local_path
 
 
 def _part(name: str) -> str:

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import yaml
@@ -15,7 +15,7 @@ from .errors import InputError
 
 __all__ = [
     "add_gfl_config", "check_config", "check_gfl_config", "check_training_config", "choose_device",
-    "load_config",
+    "load_config", "parse_config",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -158,15 +158,44 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     """
     if not os.path.isfile(config_file):
         raise InputError(f"Config file '{config_file}' does not exist")
+    return _make_config(
+        lambda cfg: cfg.merge_from_file(config_file), opts, f"Config file '{config_file}'"
+    )
+
+
+def parse_config(text: str, path: str, opts: Sequence[str] = ()) -> CN:
+    """
+    As :func:`load_config`, for the config that a checkpoint carries: what ``CfgNode.dump`` wrote,
+    perhaps of other versions. Keys that it lacks have their defaults. Those that are unknown here,
+    such as a user's own, are kept. ``MODEL.DEVICE`` is chosen anew, as machines differ.
+
+    Args:
+        text: the config in yaml.
+        path: of the checkpoint, which becomes ``MODEL.WEIGHTS``.
+        opts: alternately keys and values.
+    """
+
+    def merge(cfg: CN) -> None:
+        device = cfg.MODEL.DEVICE
+        cfg.set_new_allowed(True)
+        cfg.merge_from_other_cfg(CN.load_cfg(text))
+        cfg.set_new_allowed(False)
+        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = device, path
+
+    return _make_config(merge, opts, f"The config in weights file {path}")
+
+
+def _make_config(merge: Callable[[CN], None], opts: Sequence[str], source: str) -> CN:
     cfg = get_cfg()
     add_gfl_config(cfg)
     # What yacs raises for files and options that it cannot use.
     errors = (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError)
     try:
-        cfg.merge_from_file(config_file)
+        merge(cfg)
         cfg.merge_from_list([_as_written(item) for item in opts])
     except (*errors, yaml.YAMLError) as error:
-        raise InputError(f"Config file '{config_file}' or options: {error}") from None
+        reason = " ".join(str(error).split())  # PyYAML's has several lines
+        raise InputError(f"{source} or options: {reason}") from None
     choose_device(cfg)
     check_config(cfg)
     cfg.freeze()

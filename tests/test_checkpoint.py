@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from detectron2.modeling import build_model
 
 from gfl_d2 import load_config
-from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.checkpoint import GFLCheckpointer, describe_model, load_checkpoint_config
+from gfl_d2.config import parse_config
 from gfl_d2.errors import InputError
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Base-GFL.yaml"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIG = CONFIGS / "Base-GFL.yaml"
 
 
 def build(num_classes: int = 3, depth: int = 18, conv_dim: int = 64, num_convs: int = 1):
@@ -253,3 +256,108 @@ def test_tag_moves_when_it_is_whole(tmp_path):
         file.flush()
         assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000002.pth")
+
+
+# What describes the model
+
+
+def config_error(path, *opts) -> str:
+    with pytest.raises(InputError) as error:
+        load_checkpoint_config(path, opts)
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def save_config(path, text):
+    torch.save({"model": {}, "config": text}, path)
+    return path
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_config_of_a_checkpoint_is_the_one_that_was_saved(config):
+    cfg = load_config(str(config), ["MODEL.DEVICE", "cpu"])
+    expected = cfg.clone()
+    expected.defrost()
+    expected.MODEL.WEIGHTS = "model.pth"
+    text = describe_model(cfg)["config"]
+    parsed = parse_config(text, "model.pth", ["MODEL.DEVICE", "cpu"])
+    assert parsed.is_frozen()
+    assert not parsed.is_new_allowed()
+    assert yaml.safe_load(parsed.dump()) == yaml.safe_load(expected.dump())
+
+
+@pytest.mark.parametrize("description", [None, {"config": "a: 1", "class_names": ["cat", "dog"]}])
+def test_checkpoints_are_resumed_with_and_without_a_description(tmp_path, description):
+    model = torch.nn.Linear(1, 1)
+    GFLCheckpointer(model, str(tmp_path), description=description).save("model_1", iteration=3)
+    content = torch.load(tmp_path / "model_1.pth", weights_only=True)
+    saved = {key: content[key] for key in content if key not in ("model", "iteration")}
+    assert saved == (description or {})
+    for other in (None, {"config": "a: 2"}):
+        target = torch.nn.Linear(1, 1)
+        checkpointer = GFLCheckpointer(target, str(tmp_path), description=other)
+        assert checkpointer.resume_or_load("")["iteration"] == 3
+        assert torch.equal(target.weight, model.weight)
+        assert checkpointer.description == (other or {})  # of the training that goes on
+
+
+def test_description_is_plain_data():
+    cfg = load_config(str(CONFIG))
+    assert describe_model(cfg) == describe_model(cfg, ()) == {"config": cfg.dump()}
+    names = describe_model(cfg, (np.str_("cat"), 7))["class_names"]
+    assert [(type(name), name) for name in names] == [(str, "cat"), (str, "7")]
+
+
+def test_config_of_another_version(tmp_path):
+    """It lacks keys, and has some that are unknown here."""
+    text = "MODEL: {META_ARCHITECTURE: GFL, GFL: {NUM_CLASSES: 3, NEW: [1]}, MINE: {X: 2.0}}"
+    path = save_config(tmp_path / "model.pth", text)
+    cfg = load_checkpoint_config(path, ["MODEL.GFL.REG_MAX", "7", "MODEL.MINE.X", "3.0"])
+    assert str(path) == cfg.MODEL.WEIGHTS
+    assert (cfg.MODEL.GFL.NUM_CLASSES, cfg.MODEL.GFL.REG_MAX) == (3, 7)
+    assert (cfg.MODEL.GFL.NEW, cfg.MODEL.MINE.X) == ([1], 3.0)
+    assert cfg.MODEL.GFL.ATSS_TOPK == load_config(str(CONFIG)).MODEL.GFL.ATSS_TOPK
+    assert "MODEL.GFL.REGMAX" in config_error(path, "MODEL.GFL.REGMAX", "7")
+    with pytest.raises(InputError, match=r"MODEL\.GFL\.REG_MAX must be >= 1"):
+        load_checkpoint_config(path, ["MODEL.GFL.REG_MAX", "0"])
+
+
+def test_device_is_that_of_this_machine(tmp_path, monkeypatch):
+    path = save_config(tmp_path / "model.pth", "MODEL: {DEVICE: cpu}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_checkpoint_config(path).MODEL.DEVICE == "cuda"
+    save_config(path, "MODEL: {DEVICE: cuda:7}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_checkpoint_config(path).MODEL.DEVICE == "cpu"
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1\nb: 2", "- 1", "MODEL: 3", "MODEL: {GFL: {NUM_CLASSES: many}}", "_BASE_: x"]
+)
+def test_config_that_cannot_be_used(tmp_path, text):
+    path = save_config(tmp_path / "model.pth", text)
+    assert config_error(path).startswith("The config in weights file")
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"model": {}, "config": {"a": 1}}, [1]])
+def test_checkpoint_without_a_config(tmp_path, content):
+    torch.save(content, tmp_path / "model.pth")
+    message = config_error(tmp_path / "model.pth")
+    assert "carries no config: give a config, as --config-file" in message
+    assert "does not exist" in config_error(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_nothing_is_executed_to_read_a_config(tmp_path, protocol):
+    class Call:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    content = {"model": {}, "config": "MODEL: {}", "other": Call()}
+    torch.save(content, tmp_path / "model.pth", pickle_protocol=protocol)
+    message = config_error(tmp_path / "model.pth")
+    assert "cannot be read as tensors and plain data" in message
+    assert "give a config" in message
+    assert not (tmp_path / "executed").exists()

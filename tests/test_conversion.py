@@ -11,7 +11,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from gfl_d2 import load_config
-from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
 from gfl_d2.conversion import (
     Checkpoint,
     check_config,
@@ -55,10 +55,14 @@ def test_detectors_of_mmdetection_compute_the_same(tmp_path, capsys, variant):
 
     # As printed, but for what depends on the machine and the image.
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[:3] == ["python", "train_net.py", "--config-file"]
-    assert command[4] == "--eval-only"
-    opts = [*command[5:], "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", image.shape[0]]
-    predictor = DefaultPredictor(load_config(command[3], opts))
+    assert command[:2] == ["python", "train_net.py"]
+    opts = [*command[command.index("--eval-only") + 1 :], "MODEL.DEVICE", "cpu"]
+    opts += ["INPUT.MIN_SIZE_TEST", image.shape[0]]
+    if command[2] == "--config-file":
+        cfg = load_config(command[3], opts)
+    else:
+        cfg = load_checkpoint_config(opts[1], opts)
+    predictor = DefaultPredictor(cfg)
 
     outputs = {}
     backbone, head = predictor.model.backbone, predictor.model.head
@@ -269,6 +273,32 @@ def test_weights_may_be_bare_or_wrapped():
     parallel = {f"module.{name}": value for name, value in weights.items()}
     for content in (weights, {"model": weights}, {"state_dict": parallel, "meta": None}):
         assert_same(from_mmdet(again(content)).content["model"], expected)
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"CLASSES": tuple("abcde")}, [*"abcde"]),  # MMDetection 2
+        ({"dataset_meta": {"classes": [*"abcde"]}}, [*"abcde"]),  # 3
+        ({"dataset_meta": {"CLASSES": tuple("abcde")}}, [*"abcde"]),
+        ({"CLASSES": tuple("abcd")}, None),
+        ({"CLASSES": (1, 2, 3, 4, 5)}, None),
+        ({"CLASSES": "abcde"}, None),
+        ({}, None),
+    ],
+)
+def test_names_of_classes_are_kept(meta, expected):
+    content = from_mmdet(checkpoint(detector(), **meta)).content
+    assert content.get("class_names") == expected
+    read = again({**content, "config": "a: 1"})
+    assert read.ignored == ()
+    back = to_mmdet(read).content["meta"]
+    assert back == ({"CLASSES": tuple(expected)} if expected else {})
+
+
+def test_names_of_classes_without_the_background():
+    weights = checkpoint(detector(classes=6, dgqp=True), CLASSES=[*"abcde"])
+    assert from_mmdet(weights).content["class_names"] == [*"abcde"]
 
 
 def test_what_else_is_in_a_file_is_ignored_and_named():

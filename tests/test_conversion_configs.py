@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from gfl_d2 import load_config
-from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
 from gfl_d2.conversion import (
     Checkpoint,
     check_config,
@@ -202,12 +202,55 @@ def test_options_change_the_config(tmp_path, capsys):
     config = CONFIGS / "gfl_R_101_DCN_FPN_ms_2x.yaml"
     args = (tmp_path / "in.pth", tmp_path / "out.pth", "--config-file", config, "--", *opts)
     assert run_tool(*args) is None
-    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    *_, told, command = capsys.readouterr().out.splitlines()
     # Old anchor centres are no reason to refuse: no config has them.
-    assert command[-2:] == ["MODEL.GFL.LEGACY_ANCHOR_CENTERS", "True"]
-    cfg = load_config(command[3], [*command[5:], "MODEL.DEVICE", "cpu"])
+    assert "MODEL.GFL.LEGACY_ANCHOR_CENTERS True, fits, and the file has this config" in told
+    words = ["python", "train_net.py", "--eval-only", "MODEL.WEIGHTS", str(args[1])]
+    assert shlex.split(command) == words
+    cfg = load_checkpoint_config(args[1], ["MODEL.DEVICE", "cpu"])
+    assert cfg.MODEL.GFL.LEGACY_ANCHOR_CENTERS is True
     GFLCheckpointer(build_model(cfg), complete=True).load(cfg.MODEL.WEIGHTS)
     assert "options change a config" in run_tool(*args[:2], *opts)
+
+
+def converted(folder, weights):
+    """What the tool writes for weights of MMDetection."""
+    torch.save(weights, folder / "in.pth")
+    assert run_tool(folder / "in.pth", folder / "out.pth") is None
+    return torch.load(folder / "out.pth", weights_only=True)
+
+
+def test_config_is_written_where_one_fits(tmp_path, capsys):
+    model = build_model(narrow_config("gfl_R_18_FPN_demo.yaml"))
+    there = to_mmdet(Checkpoint("here.pth", model.state_dict())).content["state_dict"]
+    there["bbox_head.distribution_project.project"] = there.pop("bbox_head.integral.project")
+    assert set(converted(tmp_path, there)) == {"model", "config"}
+    *_, told, command = capsys.readouterr().out.splitlines()
+    change = "MODEL.GFL.LEGACY_ANCHOR_CENTERS True"
+    assert f"demo.yaml, changed by {change}, fits, and the file has this config" in told
+    assert command == f"python train_net.py --eval-only MODEL.WEIGHTS {tmp_path / 'out.pth'}"
+    cfg = load_checkpoint_config(tmp_path / "out.pth", ["MODEL.DEVICE", "cpu"])
+    assert cfg.MODEL.GFL.LEGACY_ANCHOR_CENTERS is True
+    target = build_model(cfg)
+    GFLCheckpointer(target, complete=True).load(cfg.MODEL.WEIGHTS)
+    assert torch.equal(target.head.cls_score.weight, model.head.cls_score.weight)
+
+
+@pytest.mark.parametrize("config", ["gfl_R_18_FPN_bccd.yaml", "gfl_R_101_DCN_FPN_ms_2x.yaml"])
+def test_config_is_not_guessed(tmp_path, capsys, config):
+    """Two fit, or one does with another backbone."""
+    if "101" in config:
+        _, model = small_model(config=config)
+    else:
+        model = build_model(narrow_config(config))
+    there = to_mmdet(Checkpoint("here.pth", model.state_dict())).content["state_dict"]
+    assert set(converted(tmp_path, there)) == {"model"}
+    assert " --config-file " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_weights_of_a_backbone_get_no_config(tmp_path):
+    """Nothing of it can be evaluated."""
+    assert set(converted(tmp_path, bare(resnet((3, 4, 23, 3))))) == {"model"}
 
 
 def test_checkpointers_load_all_without_a_word(tmp_path, caplog):

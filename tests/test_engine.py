@@ -9,13 +9,13 @@ import math
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from gfl_d2 import load_config
-from gfl_d2.checkpoint import GFLCheckpointer
+from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
 from gfl_d2.data import register_datasets
 from gfl_d2.engine import (
     BestModelSaver,
@@ -125,7 +125,8 @@ class Training:
 
     def __init__(self, folder):
         self.model = nn.Linear(1, 1)
-        self.hook = BestModelSaver(GFLCheckpointer(self.model, str(folder)), "bbox/AP")
+        checkpointer = GFLCheckpointer(self.model, str(folder), description={"config": "a: 1"})
+        self.hook = BestModelSaver(checkpointer, "bbox/AP")
         self.hook.trainer = self
         self.iter, self.max_iter = 0, 100
         self.hook.before_train()
@@ -143,6 +144,7 @@ class Training:
 def best(folder):
     content = torch.load(folder / "model_best.pth", weights_only=True)
     assert content["iteration"] == content["model"]["weight"].item()
+    assert content["config"] == "a: 1"
     return content["iteration"], content["metrics"]
 
 
@@ -221,6 +223,22 @@ def test_trainer_saves_by_its_own_checkpointer(make_trainer, tmp_path):
     hooks = make_trainer()._hooks
     checkpointers = [hook.checkpointer for hook in hooks if hasattr(hook, "checkpointer")]
     assert [type(c) for c in checkpointers] == [GFLCheckpointer]
+
+
+def test_checkpoints_of_a_training_describe_the_model(make_trainer, tmp_path):
+    trainer = make_trainer("SOLVER.MAX_ITER", 7, "MODEL.GFL.NUM_CLASSES", 0)
+    trainer.checkpointer.save("model_1", iteration=1)
+    content = torch.load(tmp_path / "output" / "model_1.pth", weights_only=True)
+    assert content["class_names"] == ["cat", "dog"]
+    cfg = load_checkpoint_config(tmp_path / "output" / "model_1.pth")
+    assert (cfg.SOLVER.MAX_ITER, cfg.MODEL.GFL.NUM_CLASSES) == (7, 2)
+    assert cfg.DATASETS == trainer.cfg.DATASETS
+
+
+def test_a_training_without_names_of_classes(make_trainer, clean_catalogs):
+    DatasetCatalog.register("mine", lambda: DatasetCatalog.get("toy_val"))
+    trainer = make_trainer("DATASETS.TRAIN", "('mine',)")
+    assert set(trainer.checkpointer.description) == {"config"}
 
 
 def test_trainer_checks_evaluators_at_the_start(make_trainer):

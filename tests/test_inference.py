@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from gfl_d2 import add_gfl_config, load_config
+from gfl_d2.checkpoint import describe_model, load_checkpoint_config
 from gfl_d2.deploy import Predictor, compile_parts, prepare_for_inference
 from gfl_d2.errors import InputError
 from models import randomize_norms
@@ -292,3 +294,49 @@ def test_predictor_without_a_gpu(monkeypatch, caplog):
     assert "there is no GPU: using the CPU" in caplog.text
     assert predictor.model.device.type == predictor.cfg.MODEL.DEVICE == "cpu"
     assert cfg.MODEL.DEVICE == "cuda"  # the user's own is not changed
+
+
+def save_described(path, *opts, names=("cat", "dog")):
+    cfg = load("gfl_R_18_FPN_bccd", "MODEL.GFL.NUM_CLASSES", 2, "INPUT.MIN_SIZE_TEST", 64, *opts)
+    model = build(cfg)
+    torch.save({"model": model.state_dict(), **describe_model(cfg, names)}, path)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(path)
+    return cfg
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_predictor_of_a_checkpoint_alone(tmp_path, clean_catalogs, kind):
+    path = tmp_path / "model_final.pth"
+    cfg = save_described(path, "DATASETS.TEST", "('not_registered',)")
+    predictor = Predictor(kind(path))
+    assert str(path) == predictor.cfg.MODEL.WEIGHTS
+    assert predictor.metadata.thing_classes == ["cat", "dog"]
+    assert_same_detections(predictor(IMAGE)["instances"], Predictor(cfg)(IMAGE)["instances"])
+    changed = Predictor(load_checkpoint_config(path, ["TEST.DETECTIONS_PER_IMAGE", 3]))
+    assert len(changed(IMAGE)["instances"]) == 3
+
+
+def test_names_of_the_classes(tmp_path, clean_catalogs):
+    """The catalog's go with a config, the file's with the file alone; the catalog is unchanged."""
+    path = tmp_path / "model_final.pth"
+    cfg = save_described(path, "DATASETS.TEST", "('toy',)")
+    assert Predictor(cfg).metadata.thing_classes == ["cat", "dog"]
+    assert MetadataCatalog.get("toy").get("thing_classes") is None
+    MetadataCatalog.get("toy").thing_classes = ["Katze", "Hund"]
+    assert Predictor(cfg).metadata is MetadataCatalog.get("toy")
+    assert Predictor(path).metadata.thing_classes == ["cat", "dog"]
+
+    same = save_described(path, "DATASETS.TEST", "('toy',)", names=("Katze", "Hund"))
+    assert Predictor(path).metadata is MetadataCatalog.get("toy")
+    same.DATASETS.TEST = ()
+    assert Predictor(same).metadata.thing_classes == ["Katze", "Hund"]
+    save_described(path, "DATASETS.TEST", "('toy',)", names=None)
+    assert Predictor(path).metadata is MetadataCatalog.get("toy")
+
+
+def test_predictor_of_a_file_without_a_config(tmp_path):
+    torch.save({"model": build(load("gfl_R_18_FPN_bccd")).state_dict()}, tmp_path / "old.pth")
+    with pytest.raises(InputError, match=r"old\.pth carries no config: give a config"):
+        Predictor(tmp_path / "old.pth")

@@ -59,6 +59,10 @@ def test_train_and_evaluate(dataset):
     assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "log.txt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    for name in ("model_0000001.pth", "model_final.pth", "model_best.pth"):
+        content = torch.load(output / name, weights_only=True)
+        assert content["class_names"] == ["cat", "dog"]
+        assert "META_ARCHITECTURE: GFL" in content["config"]
     logged = set().union(*read_metrics(output))
     assert {"loss_qfl", "loss_bbox", "loss_dfl", "bbox/AP"} <= logged
 
@@ -72,6 +76,36 @@ def test_train_and_evaluate(dataset):
     assert (output / "inference" / "coco_instances_results.json").is_file()
     assert (output / "inference" / "config.yaml").is_file()
     assert {name: (output / name).read_bytes() for name in files} == files
+
+
+def main_error(*args) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train_net.main(default_argument_parser().parse_args(list(map(str, args))))
+    return caught.value.code
+
+
+def test_evaluation_of_a_checkpoint_alone(dataset):
+    run(dataset)
+    weights = ["MODEL.WEIGHTS", str(dataset / "output" / "model_final.pth")]
+    run(dataset, "--eval-only", opts=weights)
+    folder = dataset / "elsewhere"
+    opts = [*weights, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder)]
+    args = default_argument_parser().parse_args(["--eval-only", *opts])
+    assert 0 <= train_net.main(args)["bbox"]["AP"] <= 100
+    results = [output / "inference" / "coco_instances_results.json"
+               for output in (dataset / "output", folder)]  # fmt: skip
+    assert results[0].read_text() == results[1].read_text() != "[]"
+    assert "REGMAX" in main_error("--eval-only", *weights, "MODEL.GFL.REGMAX", 3)
+
+
+def test_neither_config_nor_checkpoint(dataset):
+    weights = ["MODEL.WEIGHTS", dataset / "old.pth"]
+    torch.save({"model": {}}, dataset / "old.pth")
+    for args in (["--eval-only"], ["--eval-only", "SEED", 1], [], weights):
+        message = main_error(*args)
+        assert message.startswith("Error: Give --config-file.")
+        assert len(message.splitlines()) == 1
+    assert "old.pth carries no config" in main_error("--eval-only", *weights)
 
 
 def test_diagnostics_are_logged_with_the_losses(dataset):

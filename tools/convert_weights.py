@@ -8,7 +8,8 @@ Convert weights of other code bases to Detectron2's format, or back.
 It reads GFL detectors of MMDetection 2 and 3, the authors' GFocal (v1) and GFocalV2 releases, and
 ImageNet backbones with torchvision's names, and finds out which it is and which config fits. What
 cannot be converted in full is refused. Options at the end change the config of --config-file, as
-for train_net.py.
+for train_net.py. The file that is written for Detectron2 has the names of the classes, if they are
+known, and the config, if it is given or only one fits but for its head.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from gfl_d2.checkpoint import describe_model
 from gfl_d2.config import load_config
 from gfl_d2.conversion import (
     check_config,
@@ -59,7 +61,18 @@ def convert(args: argparse.Namespace) -> None:
         fitting = {}
     else:
         fitting = find_configs(needed, CONFIGS.glob("gfl_*.yaml"))
-    write_checkpoint(conversion.content, args.output)
+    content, is_detector = conversion.content, "MODEL.GFL.NUM_CLASSES" in needed
+    config_file, changes = next(iter(fitting.items()), ("", {}))
+    opts = list(args.opts)
+    for key, value in changes.items():
+        opts += [key, "FrozenBN" if key == "MODEL.RESNETS.NORM" else str(value)]
+    # A config of another backbone is a suggestion: its data and image sizes are those of others.
+    is_known = len(fitting) == 1 and all(key.startswith("MODEL.GFL.") for key in changes)
+    has_config = is_known and is_detector and args.to != "mmdet"
+    if has_config:
+        cfg = load_config(config_file, [*opts, "MODEL.DEVICE", "cpu"])
+        content = {**describe_model(cfg, content.get("class_names")), **content}
+    write_checkpoint(content, args.output)
 
     print(f"{args.input} is from {conversion.source}: {describe(needed)}.")
     if checkpoint.ignored:
@@ -67,17 +80,21 @@ def convert(args: argparse.Namespace) -> None:
     print(*conversion.notes, f"Written: {args.output}", sep="\n")
     if fitting and args.to != "mmdet":
         files = [os.path.relpath(file) for file in fitting]
-        changes = next(iter(fitting.values()))
-        if changes:
+        if has_config:
+            changed = f", changed by {shlex.join(opts)}," if opts else ""
+            print(f"{files[0]}{changed} fits, and the file has this config:")
+        elif changes:
             print(f"{files[0]} fits with these changes:")
+        elif len(files) > 1:
+            print(f"{', '.join(files)} fit (with --config-file the written file has that config):")
         else:
-            print(f"{', '.join(files)} {'fit' if len(files) > 1 else 'fits'}:")
+            print(f"{files[0]} fits:")
+        words = ["python", "train_net.py"]
+        words += [] if has_config else ["--config-file", files[0]]
         # Weights of a backbone alone are not evaluated: training starts from them.
-        words = ["--eval-only"] if "MODEL.GFL.NUM_CLASSES" in needed else []
-        words += ["MODEL.WEIGHTS", args.output, *args.opts]
-        for key, value in changes.items():
-            words += [key, "FrozenBN" if key == "MODEL.RESNETS.NORM" else str(value)]
-        print(shlex.join(["python", "train_net.py", "--config-file", files[0], *words]))
+        words += ["--eval-only"] if is_detector else []
+        words += ["MODEL.WEIGHTS", args.output, *([] if has_config else opts)]
+        print(shlex.join(words))
 
 
 def main() -> None:

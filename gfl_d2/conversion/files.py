@@ -41,7 +41,8 @@ class Checkpoint:
 
     path: str  # for messages
     weights: dict[str, Tensor]  # by name
-    meta: dict[str, Any] = field(default_factory=dict)  # about them, such as names of classes
+    # About them. Names of classes are in the places of MMDetection 2, "CLASSES", or 3.
+    meta: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # names of what else is there, such as an optimizer's state
 
 
@@ -106,7 +107,11 @@ def _unwrap(path: str, content: Any) -> Checkpoint:
         weights = {name[len("module.") :]: value for name, value in weights.items()}
     weights = {name: value.detach() for name, value in weights.items()}
     meta = rest.pop("meta", None)
-    return Checkpoint(path, weights, meta if isinstance(meta, dict) else {}, tuple(map(str, rest)))
+    meta = meta if isinstance(meta, dict) else {}
+    rest.pop("config", None)  # of ours, as the names are
+    if "class_names" in rest:
+        meta = {**meta, "CLASSES": rest.pop("class_names")}
+    return Checkpoint(path, weights, meta, tuple(map(str, rest)))
 
 
 def write_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:

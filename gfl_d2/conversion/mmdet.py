@@ -46,7 +46,8 @@ def from_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion
     """
     Convert a detector of MMDetection 2 or 3, or of the authors' GFocal (v1) and GFocalV2 releases,
     or an ImageNet backbone of torchvision, timm or MMPretrain, to a checkpoint of ours. Values and
-    dtypes stay as they are. The counters of BatchNorm are left out: PyTorch starts them at 0.
+    dtypes stay as they are. The counters of BatchNorm are left out: PyTorch starts them at 0. Names
+    of the classes are kept if there is one for each.
 
     Args:
         checkpoint: see :func:`read_checkpoint`.
@@ -99,7 +100,9 @@ def from_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion
         needed[_NUM_CLASSES] = channels - 1
         for name in ("head.cls_score.weight", "head.cls_score.bias"):
             model[name] = model[name][:-1].clone()  # a view would be saved with the whole
-    return Conversion({"model": model}, library, needed, notes)
+    class_names = _class_names(checkpoint, needed[_NUM_CLASSES])
+    content = {"model": model, **({"class_names": class_names} if class_names else {})}
+    return Conversion(content, library, needed, notes)
 
 
 def to_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion:
@@ -129,8 +132,10 @@ def to_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion:
         converted[there] = value.clone()  # a scale is a view
         if there.endswith(".running_var"):
             converted[there.replace(".running_var", COUNTER)] = torch.zeros((), dtype=torch.long)
-    notes = []
+    notes, meta = [], {}
     if is_detector:
+        class_names = _class_names(checkpoint, needed[_NUM_CLASSES])
+        meta = {"CLASSES": tuple(class_names)} if class_names else {}  # MMDetection 3 reads it too
         needed[_LEGACY_CENTERS] = False
         bins = torch.arange(needed[_REG_MAX] + 1)
         converted[_BINS] = bins.to(weights["head.cls_score.weight"])  # its dtype
@@ -139,20 +144,32 @@ def to_mmdet(checkpoint: Checkpoint, cfg: CfgNode | None = None) -> Conversion:
                 "Not checked, as weights do not show it: that MODEL.GFL.BIN_WIDTH is 1.0 and "
                 "anchor centres are MMDetection's. Give --config-file to check it."
             )
-    return Conversion({"state_dict": converted, "meta": {}}, "Detectron2", needed, notes)
+    return Conversion({"state_dict": converted, "meta": meta}, "Detectron2", needed, notes)
 
 
 def _is_ours(weights: Mapping[str, Tensor]) -> bool:
     return any(name.startswith((f"{BOTTOM_UP}.", "head.cls_score.")) for name in weights)
 
 
-def _has_background(checkpoint: Checkpoint, channels: int, cfg: CfgNode | None) -> bool:
-    """Whether the last class channel of a GFLv2 model is of no class, as in the authors'."""
+def _all_class_names(checkpoint: Checkpoint) -> list | None:
+    """What the file has as the names of the classes, None if it has nothing."""
     # MMDetection 2 and 3 have the names of the classes in different places.
     places = (checkpoint.meta, checkpoint.meta.get("dataset_meta"))
     places = [place for place in places if isinstance(place, Mapping)]
     names = [place.get(key) for place in places for key in ("CLASSES", "classes")]
-    candidates = [len(value) for value in names if isinstance(value, (list, tuple))][:1]
+    return next((list(value) for value in names if isinstance(value, (list, tuple))), None)
+
+
+def _class_names(checkpoint: Checkpoint, number: int) -> list[str] | None:
+    names = _all_class_names(checkpoint) or []
+    are_names = len(names) == number and all(isinstance(name, str) for name in names)
+    return names if are_names else None
+
+
+def _has_background(checkpoint: Checkpoint, channels: int, cfg: CfgNode | None) -> bool:
+    """Whether the last class channel of a GFLv2 model is of no class, as in the authors'."""
+    names = _all_class_names(checkpoint)
+    candidates = [] if names is None else [len(names)]
     candidates += [] if cfg is None else [cfg.MODEL.GFL.NUM_CLASSES]
     for number in (*candidates, _COCO_CLASSES):
         if number in (channels, channels - 1):

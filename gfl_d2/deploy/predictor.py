@@ -1,14 +1,18 @@
 """Models made faster for inference, with the same results."""
 
+from __future__ import annotations
+
 import functools
 import logging
+import os
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
 from torch import Tensor, nn
 
-from ..checkpoint import GFLCheckpointer
+from ..checkpoint import GFLCheckpointer, load_checkpoint_config
 from ..config import choose_device
 from ..errors import InputError
 from .compilation import compile_parts
@@ -24,14 +28,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class Predictor(DefaultPredictor):
     """
     :class:`DefaultPredictor` for a model that :func:`prepare_for_inference` makes faster. It loads
-    every parameter or none, and takes the CPU where there is no GPU.
+    every parameter or none, and takes the CPU where there is no GPU. ``metadata.thing_classes`` has
+    the names of the classes if the checkpoint or Detectron2's catalog has them.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode | str | os.PathLike):
         """
-        Raises InputError if ``MODEL.WEIGHTS`` does not fit the model, or if ``INPUT.FORMAT`` is
-        neither "BGR" nor "RGB".
+        Args:
+            cfg: a config whose ``MODEL.WEIGHTS`` names the weights, or a checkpoint of a training,
+                which carries its config: see :func:`gfl_d2.checkpoint.load_checkpoint_config`.
+
+        Raises:
+            InputError: the weights do not fit the model, the checkpoint carries no config, or
+                ``INPUT.FORMAT`` is neither "BGR" nor "RGB".
         """
+        is_alone = not isinstance(cfg, CfgNode)
+        if is_alone:
+            cfg = load_checkpoint_config(cfg)
         if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
             raise InputError(
                 f"INPUT.FORMAT must be 'BGR' or 'RGB' for a Predictor, got {cfg.INPUT.FORMAT!r}"
@@ -43,7 +56,13 @@ class Predictor(DefaultPredictor):
         weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
         super().__init__(cfg)
         self.cfg.MODEL.WEIGHTS = weights
-        GFLCheckpointer(self.model, complete=True).load(weights)
+        names = GFLCheckpointer(self.model, complete=True).load(weights).get("class_names")
+        metadata = getattr(self, "metadata", Metadata())
+        known = metadata.get("thing_classes")
+        # A data set of this name may be another here than where the model was trained.
+        if names and (known is None or (is_alone and list(known) != names)):
+            metadata = Metadata(name=weights, thing_classes=names)
+        self.metadata = metadata
         prepare_for_inference(cfg, self.model)
 
 

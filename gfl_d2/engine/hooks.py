@@ -67,6 +67,7 @@ class BestModelSaver(HookBase):
             return
         self._best = value
         content = {
+            **self._checkpointer.description,
             "model": self._checkpointer.model.state_dict(),
             # The one evaluated after the last iteration counts as one more.
             "iteration": min(iteration, self.trainer.max_iter - 1),

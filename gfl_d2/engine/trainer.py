@@ -7,14 +7,18 @@ import time
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import GFLCheckpointer
+from ..checkpoint import GFLCheckpointer, describe_model
 from ..config import check_config, check_training_config
 from ..data import GFLDatasetMapper, load_training_dicts, loading, resolve_num_classes
 from ..deploy import compile_parts, has_fast_bfloat16
@@ -88,8 +92,14 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         # In the place of Detectron2's, before the hook that saves is made with it.
+        # A loader of the user's own may need no dataset.
+        train = self.cfg.DATASETS.TRAIN
+        class_names = MetadataCatalog.get(train[0]).get("thing_classes") if train else None
         self.checkpointer = GFLCheckpointer(
-            self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
+            self.checkpointer.model,
+            self.cfg.OUTPUT_DIR,
+            description=describe_model(self.cfg, class_names),
+            **self.checkpointer.checkpointables,
         )
         ret = super().build_hooks()
         test = self.cfg.TEST
