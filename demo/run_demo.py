@@ -6,7 +6,7 @@ picture of ground truth beside detections. It takes minutes on a CPU.
     python demo/run_demo.py
 
 Everything is written to ``output/demo``; what an earlier demo trained there is deleted first.
-Options after a ``--`` are passed on to ``train_net.py``, e.g. ``-- SOLVER.MAX_ITER 100``.
+KEY VALUE pairs are passed on to ``train_net.py``, for instance ``SOLVER.MAX_ITER 100``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from make_dataset import make_dataset
 from gfl_d2.data import register_coco_format
 from gfl_d2.engine.runs import make_fresh_folder, parse_arguments, run_training
 from gfl_d2.errors import InputError
-from gfl_d2.visualization import draw_results, find_results, save_picture
+from gfl_d2.results import find_results
+from gfl_d2.visualization import draw_results, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "gfl_R_18_FPN_demo.yaml"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import colorsys
-import json
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -13,21 +13,30 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.logger import log_first_n
+from detectron2.utils.visualizer import VisImage, Visualizer
+from tqdm import tqdm
 
+from .data import read_image
 from .errors import InputError, name_some
+from .lettering import find_fonts, make_plain, set_fonts, spell
+from .results import load_results
 
-__all__ = ["draw_comparison", "draw_results", "find_results", "save_picture"]
+__all__ = [
+    "check_picture_path", "draw_comparison", "draw_results", "read_images", "save_picture",
+]  # fmt: skip
 
-# The file that Detectron2's COCOEvaluator writes, and what each of its detections has.
-_RESULTS_FILE = "coco_instances_results.json"
-_RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
-# Small images are enlarged until their shorter side has this many pixels, so that labels fit.
-_MIN_SIDE = 400
+logger = logging.getLogger(__name__)
+
+# Small images are enlarged until their shorter side has this many pixels, so that labels fit, but
+# not beyond the longest side; larger ones are reduced to it.
+_MIN_SIDE, _MAX_SIDE = 400, 4000
 _GAP = 8
 _WHITE = 255
+_TITLE_HEIGHT = 28
+_NAME_LENGTH = 40
 
 
 def draw_results(
@@ -40,6 +49,7 @@ def draw_results(
 ) -> np.ndarray:
     """
     Draw images of a dataset below each other: ground truth on the left, detections on the right.
+    Images that cannot be read are left out with a warning.
 
     Args:
         dataset: a registered name.
@@ -52,48 +62,82 @@ def draw_results(
         ndarray: RGB, uint8, shape (H, W, 3).
 
     Raises:
-        InputError: the results are of another dataset or cannot be read, or no image is left.
+        InputError: the results are of another dataset or cannot be read, no image is left, or a
+            number makes no sense.
     """
+    if num_images < 1 or skip < 0 or math.isnan(score_thresh):
+        raise InputError(
+            "The number of images must be 1 or more, those left out 0 or more, and the least score "
+            f"a number, not {num_images}, {skip} and {score_thresh}"
+        )
     records = DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)
     # The same in the results where the dataset has no ids of its own.
     same = {index: index for index in range(len(metadata.get("thing_classes", ())))}
     ids = metadata.get("thing_dataset_id_to_contiguous_id", same)
-    by_image = _load_results(Path(results), dataset, records, ids)
+    by_image = load_results(results, dataset, {r["image_id"] for r in records}, ids)
     records = [r for r in records if len(r.get("annotations", [])) >= min_boxes]
-    chosen = records[skip : skip + num_images]
-    if not chosen:
+    if skip >= len(records):
         raise InputError(
             f"Nothing to draw: '{dataset}' has {len(records)} images of {min_boxes} boxes or more, "
-            f"{skip} of them are left out, and {num_images} are asked for"
+            f"and {skip} of them are left out"
         )
     rows = []
-    for record in chosen:
-        image = read_image(record["file_name"], format="RGB")
+    for record, image in tqdm(read_images(records[skip:], num_images), desc="Drawing", delay=2):
         detections = _to_instances(by_image[record["image_id"]], image.shape[:2], ids)
         rows.append(draw_comparison(image, record, detections, metadata, score_thresh))
     return _stack_rows(rows)
 
 
-def find_results(path: str | Path, dataset: str) -> Path:
+def read_images(records: Iterable[dict], count: int) -> Iterator[tuple[dict, np.ndarray]]:
     """
-    The file with the results of a registered dataset. ``path`` is the file itself, an
-    ``OUTPUT_DIR``, or its folder ``inference``, which has a folder for each of several datasets.
+    Read the first ``count`` images in Detectron2's dataset format, one after the other. Those that
+    cannot be read or have another size than their record are left out, with one warning at the end.
+
+    Yields:
+        The record and the image: RGB, uint8, shape (H, W, 3).
 
     Raises:
-        InputError: there are none, or they are in the folder of another dataset.
+        InputError: none can be read.
+    """
+    number, problems = 0, []
+    for record in records:
+        try:
+            image = read_image(record["file_name"], format="RGB")
+            check_image_size(record, image)
+        except ValueError as error:  # InputError, or Detectron2's SizeMismatchError
+            problems.append(" ".join(str(error).split()))
+        else:
+            number += 1
+            yield record, image
+            if number == count:
+                break
+    if problems:
+        message = (
+            f"{len(problems)} of {number + len(problems)} images cannot be read or are of another "
+            f"size than the dataset says: {name_some(problems)}"
+        )
+        if not number:
+            raise InputError(message)
+        logger.warning(f"Left out: {message}")
+
+
+def check_picture_path(path: str | Path) -> None:
+    """
+    Check, before long work, that a picture can be written; its folder is made if needed.
+
+    Raises:
+        InputError: OpenCV does not know the path's ending, or there can be no such file.
     """
     path = Path(path)
-    if path.is_file():
-        if path.parent.name != dataset and path.parent.name in DatasetCatalog:
-            raise InputError(f"{path} has the results of '{path.parent.name}', not of '{dataset}'")
-        return path
-    for folder in ("inference", "."):
-        for file in (path / folder / dataset / _RESULTS_FILE, path / folder / _RESULTS_FILE):
-            if file.is_file():
-                return file
-    there = name_some(sorted(path.rglob(_RESULTS_FILE))) or "nothing"
-    raise InputError(f"{path} has no results of dataset '{dataset}'. What is there: {there}")
+    if not cv2.haveImageWriter(path.name):
+        raise InputError(f"Picture '{path}': its ending names no format, as .png and .jpg do")
+    if path.is_dir():
+        raise InputError(f"Picture '{path}': there is a folder of this name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Picture '{path}': its folder cannot be made: {error}") from None
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
@@ -104,14 +148,15 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
     Raises:
         InputError: it cannot be written.
     """
+    check_picture_path(path)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         if cv2.imwrite(str(path), picture[:, :, ::-1]):
             return
         reason = "OpenCV could not write it"
-    except (OSError, cv2.error) as error:
+    except cv2.error as error:
         reason = " ".join(str(error).split())
-    raise InputError(f"Picture '{path}': {reason}")
+    height, width = picture.shape[:2]
+    raise InputError(f"Picture '{path}', {width} x {height} pixels: {reason}")
 
 
 def draw_comparison(
@@ -123,7 +168,8 @@ def draw_comparison(
 ) -> np.ndarray:
     """
     Draw ground truth, on the left, beside detections with their scores, on the right. A class has
-    the same colour on both sides.
+    the same colour on both sides. Where no font on this system has a class's name, it is spelled in
+    Latin letters by the package anyascii, or else numbered, with one warning.
 
     Args:
         image_rgb: shape (H, W, 3), uint8.
@@ -133,45 +179,39 @@ def draw_comparison(
         score_thresh: detections that score lower are left out.
 
     Returns:
-        ndarray: as ``image_rgb``, of another size. Small images are enlarged.
+        ndarray: as ``image_rgb``, of another size. Small images are enlarged, huge ones reduced.
     """
+    file = make_plain(Path(ground_truth.get("file_name", "")).name, 2 * _NAME_LENGTH)
+    names = [make_plain(str(n), _NAME_LENGTH) for n in metadata.get("thing_classes") or ()]
+    families, missing = find_fonts("".join([file, *names]))
+    file = spell(file, missing)
+    lacking = missing.intersection("".join(names))
+    if lacking:
+        log_first_n(
+            logging.WARNING,
+            f"No font has the characters {name_some(sorted(lacking), 20)} of the classes' names. "
+            "Install a font that has them (Noto, for instance). Until then, the package anyascii "
+            "spells them in Latin letters, or else the classes are numbered.",
+            key="message",
+        )
+
+    def draw(title: str, boxes: Sequence, classes: list[int], notes: list[str]) -> np.ndarray:
+        labels = [spell(names[c], missing, f"class {c}") if names else str(c) for c in classes]
+        labels = [label + note for label, note in zip(labels, notes)]
+        return _draw_boxes(image_rgb, title, boxes, labels, [_color(c) for c in classes], families)
+
     annotations = ground_truth.get("annotations", [])
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     classes = [a["category_id"] for a in annotations]
     notes = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
-    left = _draw_boxes(image_rgb, "ground truth", boxes, classes, notes, metadata)
+    left = draw(f"ground truth   {file}", boxes, classes, notes)
 
     kept = predictions[predictions.scores >= score_thresh].to("cpu")
-    boxes, classes = kept.pred_boxes.tensor.tolist(), kept.pred_classes.tolist()
     notes = [f" {score:.2f}" for score in kept.scores.tolist()]
     title = f"detections that score {score_thresh:g} or more"
-    right = _draw_boxes(image_rgb, title, boxes, classes, notes, metadata)
+    right = draw(title, kept.pred_boxes.tensor, kept.pred_classes.tolist(), notes)
     gap = np.full((left.shape[0], _GAP, 3), _WHITE, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
-
-
-def _load_results(path: Path, dataset: str, records: list[dict], ids: dict) -> dict:
-    """Detections by image id, in COCO's result format; they must fit the dataset."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(results, list) or not all(
-        isinstance(result, dict) and result.keys() >= _RESULT_KEYS for result in results
-    ):
-        raise InputError(f"{path} is not a list of detections with {sorted(_RESULT_KEYS)}")
-    images = {record["image_id"] for record in records}
-    for key, known in {"image_id": images, "category_id": ids}.items():
-        unknown = dict.fromkeys(r[key] for r in results if r[key] not in known)
-        if unknown:
-            raise InputError(
-                f"{path} has detections with {key} {name_some(unknown)}, which dataset "
-                f"'{dataset}' does not have: they are of another dataset"
-            )
-    by_image = collections.defaultdict(list)
-    for result in results:
-        by_image[result["image_id"]].append(result)
-    return by_image
 
 
 def _to_instances(results: list[dict], image_size: tuple[int, int], ids: dict) -> Instances:
@@ -199,29 +239,31 @@ def _stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
 def _draw_boxes(
     image_rgb: np.ndarray,
     title: str,
-    boxes: list[list[float]],
-    classes: list[int],
-    notes: list[str],
-    metadata: Metadata,
+    boxes: Sequence,
+    labels: list[str],
+    colors: list[tuple[float, float, float]],
+    families: list[str],
 ) -> np.ndarray:
     """
-    The image, enlarged if it is small, with boxes (x0, y0, x1, y1), and a title above it. A note
-    stands behind the class of each box.
+    The image, at a size at which labels can be read, with boxes (x0, y0, x1, y1), and a title above
+    it. ``families`` are those of the fonts.
     """
-    names = metadata.get("thing_classes")
-    scale = max(1.0, _MIN_SIDE / min(image_rgb.shape[:2]))
-    size = [round(scale * side) for side in image_rgb.shape[1::-1]]
-    image = cv2.resize(image_rgb, size, interpolation=cv2.INTER_CUBIC)
-    visualizer = Visualizer(image, metadata)
-    visualizer.overlay_instances(
-        boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale,
-        labels=[f"{names[c] if names else c}{note}" for c, note in zip(classes, notes)],
-        assigned_colors=[_color(c) for c in classes],
-    )
-    drawn = visualizer.output.get_image()
-    bar = np.full((28, drawn.shape[1], 3), _WHITE, dtype=np.uint8)
-    cv2.putText(bar, title, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([bar, drawn])
+    height, width = image_rgb.shape[:2]
+    scale = min(max(1.0, _MIN_SIDE / min(height, width)), _MAX_SIDE / max(height, width))
+    size = [max(1, round(scale * side)) for side in (width, height)]
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    visualizer = Visualizer(cv2.resize(image_rgb, size, interpolation=interpolation))
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale
+    # A label beside the image would not be seen.
+    boxes = boxes.clip(0, [*size, *size])
+    visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
+    bar = VisImage(np.full((_TITLE_HEIGHT, size[0], 3), _WHITE, dtype=np.uint8))
+    bar.ax.text(6, 20, title, size=10)
+    pictures = []
+    for part in (bar, visualizer.output):
+        set_fonts(part.ax, families)
+        pictures.append(part.get_image())
+    return np.concatenate(pictures)
 
 
 def _color(index: int) -> tuple[float, float, float]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -10,8 +11,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gfl_d2 import load_config
+from gfl_d2.data import read_coco
 from gfl_d2.engine import read_metrics
-from gfl_d2.engine.runs import make_fresh_folder, run_training
+from gfl_d2.engine.runs import make_fresh_folder, parse_arguments, run_training
 from gfl_d2.errors import InputError
 from scripts import ROOT, load_script
 
@@ -54,6 +56,27 @@ def set_training(monkeypatch, tmp_path):
         monkeypatch.setenv("STATUS", str(status))
 
     return set_training
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a b", ("a", "b", 1, [])),
+        ("--number 2 a b K v", ("a", "b", 2, ["K", "v"])),
+        ("a b K v --number 2", ("a", "b", 2, ["K", "v"])),
+        ("a --number 2 b K -0.5", ("a", "b", 2, ["K", "-0.5"])),
+        ("a b --number 2 -- K --v", ("a", "b", 2, ["K", "--v"])),
+        ("a b K v --number=2 -- L -1e-3 -- x", ("a", "b", 2, ["K", "v", "L", "-1e-3", "--", "x"])),
+    ],
+)
+def test_order_of_arguments(monkeypatch, line, expected):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("first")
+    parser.add_argument("second")
+    parser.add_argument("--number", type=int, default=1)
+    monkeypatch.setattr("sys.argv", ["script", *line.split()])
+    args = parse_arguments(parser)
+    assert (args.first, args.second, args.number, args.opts) == expected
 
 
 class TestRuns:
@@ -145,9 +168,10 @@ class TestOverfit:
         with pytest.raises(SystemExit, match=r"AP .*NaN"):
             self.run(monkeypatch, *cells)
 
-    def test_options_for_the_training(self, monkeypatch, set_training, cells, tmp_path):
+    @pytest.mark.parametrize("dashes", [(), ("--",)])
+    def test_options_for_the_training(self, monkeypatch, set_training, cells, tmp_path, dashes):
         set_training(evaluation(90.0))
-        self.run(monkeypatch, *cells, "--num-images", "1", "--", "SOLVER.MAX_ITER", "6")
+        self.run(monkeypatch, *cells, "--num-images", "1", *dashes, "SOLVER.MAX_ITER", "6")
         opts = json.loads((tmp_path / "runs.txt").read_text())
         assert (opts["SOLVER.MAX_ITER"], opts["MODEL.GFL.NUM_CLASSES"]) == ("6", "1")
         assert opts["OUTPUT_DIR"] == str(tmp_path / "output" / "overfit")
@@ -157,12 +181,26 @@ class TestOverfit:
         with pytest.raises(SystemExit, match=r"AP is 59\.0, and at least 60 was expected"):
             self.run(monkeypatch, *cells)
 
+    @pytest.mark.parametrize("number", ["0", "-1"])
+    def test_no_images_asked_for(self, monkeypatch, cells, tmp_path, number):
+        with pytest.raises(
+            SystemExit, match=f"Error: --num-images must be 1 or more, not {number}"
+        ):
+            self.run(monkeypatch, *cells, "--num-images", number)
+        assert not (tmp_path / "output").exists()
+
+    def test_no_boxes(self, monkeypatch, cells, tmp_path):
+        path = tmp_path / "cells.json"
+        path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1'))
+        with pytest.raises(SystemExit, match=r"Error: .*cells\.json has no image with a box"):
+            self.run(monkeypatch, *cells)
+
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"annotations": [1]}', None])
     def test_file_that_is_no_dataset(self, monkeypatch, tmp_path, text):
         path = tmp_path / "cells.json"
         if text is not None:
             path.write_text(text)
-        with pytest.raises(SystemExit, match=r"Error: .*cells\.json is not in COCO format"):
+        with pytest.raises(SystemExit, match=r"Error: .*cells\.json"):
             self.run(monkeypatch, str(path), str(tmp_path), "--output", str(tmp_path / "output"))
         assert not (tmp_path / "output").exists()
 
@@ -191,19 +229,29 @@ def test_only_this_run_of_the_demo_counts(monkeypatch, set_training, cells, tmp_
         run_demo.main()
 
 
-def test_overfit_takes_annotated_images(tmp_path):
+def test_overfit_takes_images_with_boxes(tmp_path, caplog):
+    """Of the images 5, 6, 7, 8 and 9: the first has no box, the second a crowd."""
+    ids = (5, 6, 7, 8, 9)
+    for id in ids:
+        cv2.imwrite(str(tmp_path / f"{id}.png"), np.full((60, 80, 3), 90, np.uint8))
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:-40])
+    size = {"height": 60, "width": 80}
+    boxes = [{"id": 70 + i, "image_id": id, "category_id": 3, "bbox": [5, 6, 7, 8], "area": 56}
+             for i, id in enumerate((9, 8, 7, 8, 6))]  # fmt: skip
     data = {
-        "info": {"year": 2017},
-        "images": [{"id": i} for i in (5, 6, 7, 8)],
-        "annotations": [{"id": k, "image_id": i} for k, i in enumerate((8, 6, 7, 6))],
-        "categories": [{"id": 1}],
+        "images": [{"id": id, "file_name": f"{id}.png", **size} for id in ids],
+        "annotations": [{**box, "iscrowd": int(box["image_id"] == 6)} for box in boxes],
+        "categories": [{"id": 3, "name": "cell"}, {"id": 9, "name": "none"}],
     }
     (tmp_path / "data.json").write_text(json.dumps(data))
-    subset = overfit.take_images(tmp_path / "data.json", 2)
-    assert [image["id"] for image in subset["images"]] == [6, 7]
-    assert [a["id"] for a in subset["annotations"]] == [1, 2, 3]
+    subset = overfit.take_images(read_coco(tmp_path / "data.json", tmp_path), 1)
+    assert subset["images"] == [{"id": 8, "file_name": str(tmp_path / "8.png"), **size}]
+    box = {"image_id": 8, "category_id": 3, "bbox": [5, 6, 7, 8], "area": 56, "iscrowd": 0}
+    assert subset["annotations"] == [{"id": 1, **box}, {"id": 2, **box}]
     assert subset["categories"] == data["categories"]
-    assert subset["info"] == data["info"]
+    assert "Left out: 1 of 2 images cannot be read" in caplog.text
+    subset = overfit.take_images(read_coco(tmp_path / "data.json", tmp_path), 9)
+    assert [image["id"] for image in subset["images"]] == [8, 9]
 
 
 def test_plot_metrics(tmp_path, monkeypatch):
@@ -253,6 +301,19 @@ class TestRunAblations:
         monkeypatch.setattr("sys.argv", ["run", *arguments, *opts])
         run_ablations.main()
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def test_options_without_dashes(self, monkeypatch, set_training, tmp_path):
+        set_training(evaluation(40.0))
+        output = str(tmp_path / "grid")
+        arguments = ["--seeds", "0", "--output", output, "--config-file", self.CONFIG]
+        opts = ["SOLVER.MAX_ITER", "6"]
+        monkeypatch.setattr("sys.argv", ["run", *self.ROWS, *opts, *arguments, "--", "SEED", "3"])
+        run_ablations.main()
+        runs = [json.loads(line) for line in (tmp_path / "runs.txt").read_text().splitlines()]
+        assert [run["SOLVER.MAX_ITER"] for run in runs] == ["6", "6"]
+        monkeypatch.setattr("sys.argv", ["run", *opts, *arguments])
+        with pytest.raises(SystemExit):
+            run_ablations.main()
 
     def test_every_row_with_every_seed(self, monkeypatch, set_training, tmp_path, capsys):
         set_training(evaluation(40.0))

@@ -9,7 +9,14 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from gfl_d2.data import register_coco_format
 from gfl_d2.errors import InputError
-from gfl_d2.visualization import draw_comparison, draw_results, find_results, save_picture
+from gfl_d2.results import find_results
+from gfl_d2.visualization import (
+    check_picture_path,
+    draw_comparison,
+    draw_results,
+    read_images,
+    save_picture,
+)
 from scripts import load_script
 
 visualize_results = load_script("tools/visualize_results.py")
@@ -146,6 +153,15 @@ def test_small_pictures_are_enlarged_and_large_ones_kept():
         assert (picture.shape[0] - 28, left) == expected
 
 
+def test_long_and_thin_pictures_are_reduced():
+    for (height, width), expected in (((1, 9000), (1, 4000)), ((5000, 100), (4000, 80))):
+        image = grey(height, width)
+        boxes = [[10, 0, 90, 1]]
+        found = detections(image, boxes, [0.9], [0])
+        picture = draw_comparison(image, truth(boxes, [0]), found, NAMES)
+        assert (picture.shape[0] - 28, picture.shape[1] // 2 - 4) == expected
+
+
 def test_boxes_move_with_an_enlarged_picture():
     image = grey(50, 80)
     picture = draw_comparison(
@@ -199,6 +215,56 @@ class TestResults:
         assert np.abs(found - expected).max() <= 3
         assert (picture[436:, 450 + 8 + 450 :] == 255).all()  # the second is narrower
 
+    def test_pictures_that_cannot_be_read_are_left_out(self, dataset, tmp_path, caplog):
+        path = self.write(tmp_path, RESULT)
+        first, second = DatasetCatalog.get(dataset)
+        expected = draw_results(dataset, path, skip=1)
+        for damage in (b"", b"text", (tmp_path / "5.png").read_bytes()):  # the last: another size
+            (tmp_path / "3.png").write_bytes(damage)
+            caplog.clear()
+            assert np.array_equal(draw_results(dataset, path), expected)
+            assert np.array_equal(draw_results(dataset, path, num_images=1), expected)
+            assert "Left out: 1 of 2 images cannot be read" in caplog.text
+            assert first["file_name"] in caplog.text
+            assert second["file_name"] not in caplog.text
+        (tmp_path / "5.png").unlink()
+        with pytest.raises(InputError, match="2 of 2 images cannot be read"):
+            draw_results(dataset, path)
+
+    def test_only_as_many_pictures_as_needed_are_read(self, dataset, tmp_path):
+        (tmp_path / "5.png").unlink()
+        ((record, image),) = read_images(DatasetCatalog.get(dataset), 1)
+        assert (record["image_id"], image.shape) == (3, (400, 500, 3))
+
+    @pytest.mark.parametrize(
+        "options", [{"num_images": 0}, {"skip": -1}, {"score_thresh": float("nan")}]
+    )
+    def test_numbers_that_make_no_sense(self, dataset, tmp_path, options):
+        (number,) = options.values()
+        with pytest.raises(InputError, match=f"must be 1 or more.*not .*{number}"):
+            draw_results(dataset, self.write(tmp_path), **options)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"bbox": [1, 2, 3, float("nan")]},
+            {"bbox": [1, 2, 3, 10**400]},
+            {"bbox": [1, 2, 3, None]},
+            {"bbox": [1, 2, 3]},
+            {"bbox": None},
+            {"bbox": "1234"},
+            {"score": None},
+            {"score": "0.5"},
+            {"score": float("inf")},
+            {"image_id": [3]},
+            {"category_id": {}},
+        ],
+    )
+    def test_detections_that_are_none(self, dataset, tmp_path, change):
+        path = self.write(tmp_path, RESULT, {**RESULT, **change})
+        with pytest.raises(InputError, match=r"results\.json: item 1 is not a detection"):
+            draw_results(dataset, path)
+
     def test_choice_of_pictures(self, dataset, tmp_path):
         path = self.write(tmp_path)
         for options, height in (
@@ -246,12 +312,15 @@ class TestResults:
         other = self.write(tmp_path / "inference" / "demo_val")
         with pytest.raises(InputError, match=f"What is there: {other}"):
             find_results(tmp_path, dataset)
+        with pytest.raises(InputError, match=r"absent.* does not exist"):
+            find_results(tmp_path / "absent", dataset)
 
-    def run_tool(self, monkeypatch, tmp_path, output):
+    def run_tool(self, monkeypatch, tmp_path, output, *opts):
         config = tmp_path / "config.yaml"
         entry = ["pets", str(tmp_path / "pets.json"), str(tmp_path)]
         config.write_text(json.dumps({"DATASETS": {"REGISTER": [entry], "TEST": ["pets"]}}))
-        arguments = ["--config-file", str(config), "--results", str(tmp_path), "--output", output]
+        arguments = ["--config-file", str(config), "--results", str(tmp_path), *opts]
+        arguments += ["--output", output]
         monkeypatch.setattr("sys.argv", ["visualize_results", *arguments])
         visualize_results.main()
 
@@ -266,10 +335,23 @@ class TestResults:
         self.write(tmp_path / "inference" / "pets", {**RESULT, "image_id": 4})
         with pytest.raises(SystemExit, match=r"Error: .*of another dataset"):
             self.run_tool(monkeypatch, tmp_path, str(tmp_path / "picture.png"))
+        with pytest.raises(SystemExit, match=r"Error: DATASETS\.TEST names no dataset"):
+            self.run_tool(monkeypatch, tmp_path, str(tmp_path / "a.png"), "DATASETS.TEST", "()")
+
+    def test_tool_looks_at_the_output_first(self, monkeypatch, tmp_path):
+        with pytest.raises(SystemExit, match=r"Error: Picture '.*a\.unknown': its ending"):
+            self.run_tool(monkeypatch, tmp_path, str(tmp_path / "a.unknown"))
 
 
-@pytest.mark.parametrize("name", ["picture.unknown", "file/picture.png"])
+@pytest.mark.parametrize("name", ["picture.unknown", "picture", "file/picture.png", "folder.png"])
 def test_picture_that_cannot_be_written(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=f"{name}': "):
-        save_picture(tmp_path / name, grey())
+    (tmp_path / "folder.png").mkdir()
+    for function in (check_picture_path, lambda path: save_picture(path, grey())):
+        with pytest.raises(InputError, match=f"{name}': "):
+            function(tmp_path / name)
+
+
+def test_picture_too_large_for_its_format(tmp_path):
+    with pytest.raises(InputError, match=r"a\.jpg', 1 x 70000 pixels: "):
+        save_picture(tmp_path / "a.jpg", grey(70000, 1))

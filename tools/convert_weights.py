@@ -32,6 +32,7 @@ from gfl_d2.conversion import (
     to_mmdet,
     write_checkpoint,
 )
+from gfl_d2.engine.runs import parse_arguments
 from gfl_d2.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -103,8 +104,7 @@ def main() -> None:
     parser.add_argument("output", help="file to write, *.pth")
     parser.add_argument("--to", choices=("detectron2", "mmdet"), default="detectron2")
     parser.add_argument("--config-file", help="config that the weights have to fit")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs for --config-file")
-    args = parser.parse_intermixed_args()
+    args = parse_arguments(parser)
 
     try:
         convert(args)

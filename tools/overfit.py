@@ -6,45 +6,54 @@ says that something is broken in the data or in the code.
 
     python tools/overfit.py datasets/coco/annotations/instances_val2017.json datasets/coco/val2017
 
-Options after a ``--`` are passed on to ``train_net.py``. An earlier output of this script is
+KEY VALUE pairs at the end are passed on to ``train_net.py``. An earlier output of this script is
 deleted first.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 
-from gfl_d2.data import register_coco_format
+import numpy as np
+
+from gfl_d2.data import CocoData, read_coco, register_coco_format
 from gfl_d2.engine.runs import make_fresh_folder, parse_arguments, run_training
 from gfl_d2.errors import InputError
-from gfl_d2.visualization import draw_results, find_results, save_picture
+from gfl_d2.results import find_results
+from gfl_d2.visualization import draw_results, read_images, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "gfl_R_18_FPN_overfit.yaml"
 
 
-def take_images(json_file: Path, count: int) -> dict:
-    """The first ``count`` images of a COCO dataset that have annotations, and all categories."""
-    try:
-        data = json.loads(json_file.read_text(encoding="utf-8"))
-        annotated = {annotation["image_id"] for annotation in data["annotations"]}
-        images = [image for image in data["images"] if image["id"] in annotated][:count]
-        ids = {image["id"] for image in images}
-        annotations = [a for a in data["annotations"] if a["image_id"] in ids]
-        return {**data, "images": images, "annotations": annotations}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{json_file} is not in COCO format: {type(error).__name__}: {error}"
-        ) from None
+def take_images(data: CocoData, count: int) -> dict:
+    """
+    The first ``count`` images that have boxes, in COCO format, with all classes.
+
+    Raises:
+        InputError: there are none, or none can be read.
+    """
+    if count < 1:
+        raise InputError(f"--num-images must be 1 or more, not {count}")
+    has_box = np.bincount(data.image_indices[~data.is_crowd], minlength=len(data.image_ids))
+    annotated = itertools.compress(data.to_records(), has_box)
+    ids = {record["image_id"] for record, _ in read_images(annotated, count)}
+    if not ids:
+        raise InputError(f"{data.json_file} has no image with a box")
+    is_taken = np.array([id in ids for id in data.image_ids])
+    data.take_boxes(is_taken[data.image_indices])
+    content = data.to_coco()
+    return {**content, "images": list(itertools.compress(content["images"], is_taken))}
 
 
 def overfit(args: argparse.Namespace) -> float:
     """Train and evaluate. Returns AP in percent."""
-    data = take_images(args.json_file, args.num_images)
     output, image_root = args.output.resolve(), args.image_root.resolve()
+    data = take_images(read_coco(args.json_file, image_root), args.num_images)
     make_fresh_folder(output, "tools/overfit.py")
     subset = output / "instances.json"
     subset.write_text(json.dumps(data), encoding="utf-8")

@@ -6,7 +6,8 @@ Train a grid of ablations on a small budget, with several seeds each, and print 
         --config-file configs/gfl_R_18_FPN_demo.yaml --seeds 0 1 2 -- SOLVER.MAX_ITER 500
 
 An ablation gives its ``MODEL.GFL``, without the number of classes and the size of the head. Data,
-backbone and schedule are those of ``--config-file``. Options after a ``--`` hold for all runs.
+backbone and schedule are those of ``--config-file``. KEY VALUE pairs behind the ablations, or at
+the end after a ``--``, hold for all runs.
 
 Run the same command again after an interruption: finished runs are kept, an unfinished one starts
 again from its beginning.
@@ -15,6 +16,7 @@ again from its beginning.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -108,6 +110,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, required=True)
     args = parse_arguments(parser)
+    configs = list(itertools.takewhile(lambda x: x.endswith((".yaml", ".yml")), args.ablations))
+    args.opts = args.ablations[len(configs) :] + args.opts
+    args.ablations = configs
+    if not configs:
+        parser.error(f"{args.opts[0]} is not the config of an ablation, *.yaml")
 
     try:
         results = run_grid(args)

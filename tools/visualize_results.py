@@ -5,8 +5,8 @@ Draw ground truth beside the detections that an evaluation wrote.
     python tools/visualize_results.py --config-file configs/gfl_R_18_FPN_bccd.yaml \
         --results output --output detections.jpg
 
-The images are those of the first dataset of ``DATASETS.TEST``. Options after a ``--`` change the
-config, as for ``train_net.py``.
+The images are those of the first dataset of ``DATASETS.TEST``. KEY VALUE pairs at the end change
+the config, as for ``train_net.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from gfl_d2.config import load_config
 from gfl_d2.data import loading, register_datasets
 from gfl_d2.engine.runs import parse_arguments
 from gfl_d2.errors import InputError
-from gfl_d2.visualization import draw_results, find_results, save_picture
+from gfl_d2.results import find_results
+from gfl_d2.visualization import check_picture_path, draw_results, save_picture
 
 
 def main() -> None:
@@ -34,7 +35,10 @@ def main() -> None:
     args = parse_arguments(parser)
 
     try:
+        check_picture_path(args.output)
         cfg = load_config(args.config_file, args.opts)
+        if not cfg.DATASETS.TEST:
+            raise InputError("DATASETS.TEST names no dataset")
         dataset = cfg.DATASETS.TEST[0]
         register_datasets(cfg, [dataset])
         results = find_results(args.results or cfg.OUTPUT_DIR, dataset)
@@ -43,6 +47,7 @@ def main() -> None:
                 dataset, results, args.num_images, args.skip, score_thresh=args.score_thresh
             )
         save_picture(args.output, picture)
+        print(f"Ground truth beside detections: {args.output}")
     except InputError as error:
         sys.exit(f"Error: {error}")
 

@@ -73,14 +73,17 @@ def read_metrics(run: str | Path, name: str = "bbox/AP") -> dict[int, dict[str, 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """
-    Parse the command line of a script. What follows ``--`` becomes the list ``opts``: argparse
-    itself gives it to a list before the ``--``, or refuses it.
+    Parse the command line of a script that takes KEY VALUE pairs, as ``opts``, behind its other
+    positional arguments. Options may stand before, between and behind them. After a ``--`` all are
+    KEY VALUE pairs, so that a value may begin with a dash.
     """
-    parser.usage = f"{parser.format_usage().split(':', 1)[1].strip()} [-- KEY VALUE ...]"
+    help = "changes of the config; after -- values may begin with a dash"
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=help)
+    # argparse's own treatment of "--" differs between versions of Python.
     arguments = sys.argv[1:]
     index = arguments.index("--") if "--" in arguments else len(arguments)
-    args = parser.parse_args(arguments[:index])
-    args.opts = arguments[index + 1 :]
+    args = parser.parse_intermixed_args(arguments[:index])
+    args.opts += arguments[index + 1 :]
     return args
 
 
