@@ -208,7 +208,7 @@ def set_category_ids(cat, dog, in_boxes=None):
 CATEGORY_IDS = {
     "from_0": (0, 1, None, {}),
     "far_apart": (7, 900, None, {}),
-    "digits": ("1", "2", None, {"category ids": 2}),
+    "digits": ("1", "2", None, {"category ids": 2, "category_id": 8}),
     "digits_here": ("1", "2", (1, 2), {"category ids": 2}),
     "digits_there": (1, 2, ("1", "2"), {"category_id": 8}),
     "float": (1.0, 2.0, None, {"category ids": 2, "category_id": 8}),

@@ -102,7 +102,7 @@ class GFL(DenseDetector):
         allowed = ">= 1 in a model (gfl_d2.data.resolve_num_classes puts the data's for 0)"
         require(cfg, "MODEL.GFL.NUM_CLASSES", cfg.MODEL.GFL.NUM_CLASSES >= 1, allowed)
         backbone = build_backbone(cfg)
-        feature_shapes = _feature_shapes(cfg, backbone)
+        feature_shapes = head_input_shapes(cfg, backbone)
         head = GFLHead(cfg, feature_shapes)
         return {
             "backbone": backbone,
@@ -222,7 +222,7 @@ class GFL(DenseDetector):
                 storage.put_scalar(f"gfl/{name}", value, smoothing_hint=False)
 
 
-def _feature_shapes(cfg, backbone: Backbone) -> list:
+def head_input_shapes(cfg, backbone: Backbone) -> list:
     """
     Returns:
         list[ShapeSpec]: of the features in ``MODEL.GFL.IN_FEATURES``.

@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""
+Look at the data of a config before training: what is annotated, what the input size makes of it,
+and which keys of the config fit it better.
+
+    python tools/analyze_dataset.py --config-file configs/gfl_R_18_FPN_bccd.yaml \
+        --output output/analysis
+
+The data is all of ``DATASETS.TRAIN``, beside ``DATASETS.TEST``. Pairs of KEY VALUE at the end
+change the config, as for ``train_net.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from gfl_d2.analysis import analyze, format_report, save_picture
+from gfl_d2.config import load_config
+from gfl_d2.data import check_datasets, register_datasets, resolve_num_classes
+from gfl_d2.errors import InputError
+from gfl_d2.files import atomic_write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into")
+    parser.add_argument(
+        "--max-images", type=int, default=2000, help="to assign anchors in; 0 for all (2000)"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes of the config")
+    args = parser.parse_intermixed_args()
+
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        register_datasets(cfg)
+        cfg = resolve_num_classes(cfg)
+        check_datasets(cfg)
+        args.output.mkdir(parents=True, exist_ok=True)
+        analysis = analyze(cfg, args.max_images)
+        with atomic_write(args.output / "analysis.json", "w") as file:
+            json.dump(analysis.facts, file, indent=1)
+        save_picture(args.output / "analysis.png", analysis)
+    except InputError as error:
+        sys.exit(f"Error: {error}")
+    except OSError as error:
+        sys.exit(f"Error: '{args.output}' cannot be written: {error}")
+    print(format_report(analysis))
+    print(f"\nWritten: {args.output / 'analysis.json'}, {args.output / 'analysis.png'}")
+
+
+if __name__ == "__main__":
+    main()
