@@ -30,7 +30,14 @@ setup(
     python_requires=">=3.9",
     # Not listed: detectron2, which is not on PyPI, and torch and torchvision, which must come
     # as a matching pair that pip cannot choose. An installed Detectron2 has all three.
-    install_requires=["faster-coco-eval>=1.7", "fvcore", "numpy", "opencv-python", "pycocotools"],
+    install_requires=[
+        "anyascii",
+        "faster-coco-eval>=1.7",
+        "fvcore",
+        "numpy",
+        "opencv-python",
+        "pycocotools",
+    ],  # fmt: skip
     extras_require={
         "data": ["supervision>=0.31.2; python_version >= '3.10'"],
         "dev": ["hypothesis", "import-linter", "pytest", "ruff"],

@@ -21,7 +21,12 @@ from detectron2.utils.logger import setup_logger
 
 from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
 from gfl_d2.config import check_training_config, load_config
-from gfl_d2.data import check_datasets, register_datasets, resolve_num_classes
+from gfl_d2.data import (
+    check_datasets,
+    compare_classes,
+    register_datasets,
+    resolve_num_classes,
+)
 from gfl_d2.deploy import prepare_for_inference
 from gfl_d2.engine import Trainer, check_evaluators, check_output_folder, inference_folder
 from gfl_d2.errors import InputError, user_message
@@ -71,9 +76,10 @@ def run(args):
     setup_output(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        GFLCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True).resume_or_load(
+        checkpoint = GFLCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
+        compare_classes(cfg.DATASETS.TEST, checkpoint.get("class_names"))
         results = Trainer.test(cfg, prepare_for_inference(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)

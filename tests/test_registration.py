@@ -11,6 +11,7 @@ from PIL import Image
 from gfl_d2.config import load_config
 from gfl_d2.data import (
     check_datasets,
+    compare_classes,
     read_coco,
     register_coco_format,
     register_datasets,
@@ -205,6 +206,39 @@ def test_number_of_classes_of_the_data(data):
     assert resolve_num_classes(resolved) is resolved
     with pytest.raises(InputError, match=r"NUM_CLASSES is 0, and no dataset says how many"):
         resolve_num_classes(make_cfg((), (), num_classes=0))
+
+
+def test_classes_of_the_weights(data, caplog):
+    data.register()
+    for known in (None, ["cat", "dog"]):
+        compare_classes(["pets"], known)
+    assert not warnings(caplog)
+    with pytest.raises(InputError, match=r"in another order: set DATASETS.CLASSES \['dog', 'cat'"):
+        compare_classes(["pets"], ["dog", "cat"])
+    compare_classes(["pets"], ["cat", "wolf"])
+    assert "Class 1 of dataset 'pets' is 'dog', and was 'wolf'" in warnings(caplog)[0]
+
+
+# Images that do not matter
+
+
+def test_images_are_not_checked_where_they_can_be_done_without(data):
+    (data.image_root / "1.png").write_bytes(b"")
+    data.coco["images"] += [
+        {"id": 3, "file_name": "3.png", "width": 5, "height": 5},
+        {"id": 4, "file_name": "4.png"},
+    ]
+    data.coco["images"][1]["width"] += 1
+    data.write()
+    for check_images in (False, True):  # what was registered without is checked then
+        if check_images:
+            with pytest.raises(InputError, match=r"2 of the 4 images .* do not exist"):
+                register_coco_format("pets", data.json_file, data.image_root)
+        else:
+            register_coco_format("pets", data.json_file, data.image_root, check_images=False)
+    records = DatasetCatalog.get("pets")
+    assert [r["width"] for r in records] == [WIDTH, WIDTH + 1, 5, 0]
+    assert [len(r["annotations"]) for r in records] == [1, 1, 0, 0]
 
 
 # The real cause first

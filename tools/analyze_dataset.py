@@ -20,6 +20,7 @@ from pathlib import Path
 from gfl_d2.analysis import analyze, format_report, save_picture
 from gfl_d2.config import load_config
 from gfl_d2.data import check_datasets, register_datasets, resolve_num_classes
+from gfl_d2.engine.runs import parse_arguments
 from gfl_d2.errors import InputError
 from gfl_d2.files import atomic_write
 
@@ -31,8 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--max-images", type=int, default=2000, help="to assign anchors in; 0 for all (2000)"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes of the config")
-    args = parser.parse_intermixed_args()
+    args = parse_arguments(parser)
 
     try:
         cfg = load_config(args.config_file, args.opts)

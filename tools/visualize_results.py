@@ -40,7 +40,7 @@ def main() -> None:
         if not cfg.DATASETS.TEST:
             raise InputError("DATASETS.TEST names no dataset")
         dataset = cfg.DATASETS.TEST[0]
-        register_datasets(cfg, [dataset])
+        register_datasets(cfg, [dataset], check_images=False)
         results = find_results(args.results or cfg.OUTPUT_DIR, dataset)
         with loading([dataset]):
             picture = draw_results(

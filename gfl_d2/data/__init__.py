@@ -2,6 +2,7 @@ from .coco_format import CocoData
 from .dataset_mapper import GFLDatasetMapper
 from .from_config import (
     check_datasets,
+    compare_classes,
     load_training_dicts,
     loading,
     register_datasets,

@@ -19,7 +19,8 @@ from ..errors import InputError, name_some
 from .registration import register_coco_format
 
 __all__ = [
-    "check_datasets", "load_training_dicts", "loading", "register_datasets", "resolve_num_classes",
+    "check_datasets", "compare_classes", "load_training_dicts", "loading", "register_datasets",
+    "resolve_num_classes",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ _READERS = (
 )  # fmt: skip
 
 
-def register_datasets(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
+def register_datasets(
+    cfg: CfgNode, names: Iterable[str] | None = None, check_images: bool = True
+) -> None:
     """
     Register the datasets of these ``names``, by default those of ``DATASETS.TRAIN`` and
     ``DATASETS.TEST``, that ``DATASETS.REGISTER`` has, each by :func:`register_coco_format` with
@@ -48,7 +51,7 @@ def register_datasets(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
     ``~`` and ``$VARIABLES`` in paths are expanded. Relative paths are looked for in the current
     directory, then in the folder that the environment variable ``DETECTRON2_DATASETS`` names
     ("datasets" by default). The other entries are not looked at, so that one config serves where
-    only some of its data is.
+    only some of its data is. ``check_images`` is that of :func:`read_coco`.
 
     Raises:
         InputError: an entry is malformed, or the data missing or not sound.
@@ -73,7 +76,7 @@ def register_datasets(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
                 "character: write paths with /, or with \\\\"
             )
         if len(items) == 1:
-            _register_folder(items[0], names, classes)
+            _register_folder(items[0], names, classes, check_images)
         elif items[0] in names:
             name, json_file, image_root = items
             register_coco_format(
@@ -81,11 +84,14 @@ def register_datasets(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
                 _find(name, "file", json_file, os.path.isfile),
                 _find(name, "folder", image_root, os.path.isdir),
                 classes,
+                check_images,
             )
     _refuse_classes_of_others(classes, names)
 
 
-def _register_folder(path: str, names: Iterable[str], classes: Sequence[str]) -> None:
+def _register_folder(
+    path: str, names: Iterable[str], classes: Sequence[str], check_images: bool
+) -> None:
     prefix = os.path.basename(os.path.abspath(path))
     wanted = [name for name in names if name.startswith(f"{prefix}_")]
     if not wanted:
@@ -109,7 +115,7 @@ def _register_folder(path: str, names: Iterable[str], classes: Sequence[str]) ->
     for name in wanted:
         split = name[len(prefix) + 1 :]
         if split in splits:
-            register_coco_format(name, *splits[split], classes)
+            register_coco_format(name, *splits[split], classes, check_images)
         elif name not in DatasetCatalog:
             there = name_some(f"{prefix}_{split}" for split in splits)
             raise InputError(f"DATASETS.REGISTER: {folder} has no dataset '{name}', but {there}")
@@ -193,6 +199,30 @@ def resolve_num_classes(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     raise InputError(
         f"MODEL.{node}.NUM_CLASSES is 0, and no dataset says how many there are: set it"
     )
+
+
+def compare_classes(names: Iterable[str], trained: Sequence[str] | None) -> None:
+    """
+    Compare the classes of the datasets to evaluate on with the names that a model was ``trained``
+    on, where they are known. Other names are warned of: the classes may have been renamed.
+
+    Raises:
+        InputError: a dataset has the same names in another order.
+    """
+    for name in names if trained else ():
+        classes = _class_names(name) or trained
+        if sorted(classes) == sorted(trained) and list(classes) != list(trained):
+            raise InputError(
+                f"Dataset '{name}' has the classes of MODEL.WEIGHTS in another order: set "
+                f"DATASETS.CLASSES {list(trained)}"
+            )
+        for index, (here, there) in enumerate(zip(classes, trained)):
+            if here != there:
+                logger.warning(
+                    f"Class {index} of dataset '{name}' is {here!r}, and was {there!r} in the data "
+                    "that MODEL.WEIGHTS were trained on."
+                )
+                break
 
 
 def load_training_dicts(cfg: CfgNode) -> list[dict]:

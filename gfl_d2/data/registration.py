@@ -34,6 +34,7 @@ def register_coco_format(
     json_file: str | os.PathLike,
     image_root: str | os.PathLike,
     classes: Sequence[str] = (),
+    check_images: bool = True,
 ) -> None:
     """
     Read a dataset in COCO format by :func:`read_coco` and register it, so that its ``name`` can be
@@ -61,10 +62,10 @@ def register_coco_format(
                 f"Dataset '{name}' is registered twice, with {' and '.join(registered)}, then with "
                 f"{json_file} and {image_root}: choose another name"
             )
-    version = (_digest(read_bytes(json_file)), tuple(classes))
+    version = (_digest(read_bytes(json_file)), tuple(classes), check_images)
     if metadata.get("version") == version:
         return
-    data = read_coco(json_file, image_root, classes)
+    data = read_coco(json_file, image_root, classes, check_images)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -88,7 +89,10 @@ def register_coco_format(
 
 
 def read_coco(
-    json_file: str | os.PathLike, image_root: str | os.PathLike, classes: Sequence[str] = ()
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    classes: Sequence[str] = (),
+    check_images: bool = True,
 ) -> CocoData:
     """
     Read a dataset in COCO format, whoever wrote it, as a sound one of boxes alone. One table in the
@@ -97,6 +101,8 @@ def read_coco(
     Args:
         json_file, image_root: annotations, and the folder that their ``file_name`` is relative to.
         classes: names of those to keep, in this order; all, in the order of their ids, if empty.
+        check_images: False for who can do without some of them: an image that is missing, cannot
+            be read or has another size is no error then, and keeps the size that the file says.
 
     Returns:
         CocoData: ``file_names`` are paths, and no ``sizes`` lacks.
@@ -110,7 +116,7 @@ def read_coco(
     _refuse_normalized(data)
     if classes:
         data.take_classes(classes)
-    of_images = _add_images(data, image_root)
+    of_images = _add_images(data, image_root, check_images)
     _warn_of_boxes_outside(data)
     data.drop_boxes_without_area()
     rows = [*data.changes, *of_images]
@@ -120,22 +126,46 @@ def read_coco(
     return data
 
 
-def _add_images(data: CocoData, image_root: str) -> list[tuple[int, str, str]]:
+def _add_images(data: CocoData, image_root: str, check_images: bool) -> list[tuple[int, str, str]]:
     """Turn file names into paths and fill in sizes, in place. Returns changes like CocoData's."""
     if not os.path.isdir(image_root):
         raise InputError(
             f"{image_root}, the folder with the images of {data.json_file}, does not exist"
         )
-    paths, ways = find_images(image_root, data.file_names)
-    missing = [
-        os.path.join(image_root, n) for n, path in zip(data.file_names, paths) if path is None
-    ]
+    found, ways = find_images(image_root, data.file_names)
+    paths = [path or os.path.join(image_root, n) for path, n in zip(found, data.file_names)]
+    headers = read_headers(image_root, paths)
+    # Not known of images that cannot be used.
+    real = np.array(
+        [(0, 0) if isinstance(header, str) else header[:2] for header in headers], dtype=np.int64
+    ).reshape(-1, 2)
+    is_unknown = (data.sizes == 0).any(axis=1)
+    data.sizes = np.where(is_unknown[:, None], real, data.sizes)
+    if check_images:
+        _refuse_missing(data, [path for path, place in zip(paths, found) if place is None])
+        _refuse_unfit(data, image_root, headers)
+        differs = (data.sizes != real).any(axis=1)
+        if differs.any():
+            _refuse_sizes(data, headers, real, differs.nonzero()[0])
+    data.file_names = paths
+    num_deep = sum(not isinstance(header, str) and header.bits == 16 for header in headers)
+    changes = [(count, "images not found by their file_name", way) for way, count in ways.items()]
+    if is_unknown.any():
+        changes.append((int(is_unknown.sum()), "images without size", "that of the image file"))
+    if num_deep:
+        changes.append((num_deep, "images of 16 bits", "8 bits: value / 256, as OpenCV does"))
+    return changes
+
+
+def _refuse_missing(data: CocoData, missing: list[str]) -> None:
     if missing:
         raise InputError(
-            f"{len(missing)} of the {len(paths)} images of {data.json_file} do not exist: "
+            f"{len(missing)} of the {len(data.image_ids)} images of {data.json_file} do not exist: "
             f"{name_some(missing)}. Correct the folder of the images, or the file names"
         )
-    headers = read_headers(image_root, paths)
+
+
+def _refuse_unfit(data: CocoData, image_root: str, headers: list[ImageHeader | str]) -> None:
     unfit = [
         f"{name} ({header if isinstance(header, str) else '32 bits per channel: save it with 8'})"
         for name, header in zip(data.file_names, headers)
@@ -143,23 +173,9 @@ def _add_images(data: CocoData, image_root: str) -> list[tuple[int, str, str]]:
     ]
     if unfit:
         raise InputError(
-            f"{len(unfit)} of the {len(paths)} images of {data.json_file}, in {image_root}, cannot "
-            f"be used: {name_some(unfit)}"
+            f"{len(unfit)} of the {len(headers)} images of {data.json_file}, in {image_root}, "
+            f"cannot be used: {name_some(unfit)}. Replace them, or delete them from the file"
         )
-    is_unknown = (data.sizes == 0).any(axis=1)
-    real = np.array([header[:2] for header in headers], dtype=np.int64).reshape(-1, 2)
-    data.sizes = np.where(is_unknown[:, None], real, data.sizes)
-    differs = (data.sizes != real).any(axis=1)
-    if differs.any():
-        _refuse_sizes(data, headers, real, differs.nonzero()[0])
-    data.file_names = paths
-    changes = [(count, "images not found by their file_name", way) for way, count in ways.items()]
-    num_deep = sum(header.bits == 16 for header in headers)
-    if is_unknown.any():
-        changes.append((int(is_unknown.sum()), "images without size", "that of the image file"))
-    if num_deep:
-        changes.append((num_deep, "images of 16 bits", "8 bits: value / 256, as OpenCV does"))
-    return changes
 
 
 def _refuse_sizes(

@@ -10,9 +10,14 @@ from collections.abc import Iterable, Sequence
 from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
-from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools.coco import COCO
 
 from ..errors import InputError
+
+try:
+    from faster_coco_eval import COCOeval_faster as COCOeval
+except ImportError:  # no wheel for every system: ten times slower
+    from detectron2.evaluation.coco_evaluation import COCOevalMaxDets as COCOeval
 
 __all__ = ["BoxEvaluator", "build_evaluator", "check_evaluators"]
 
@@ -103,7 +108,7 @@ class BoxEvaluator(evaluation.COCOEvaluator):
         names = self._metadata.get("thing_classes")
         self._results["bbox"] = self._derive_coco_results(coco_eval, "bbox", class_names=names)
 
-    def _evaluate_boxes(self, img_ids: Sequence | None) -> COCOeval_faster:
+    def _evaluate_boxes(self, img_ids: Sequence | None) -> COCOeval:
         # Image ids must be numbers for the C++ code; their order decides between equal scores. An
         # annotation of id 0 would match nothing. Categories have the order of the classes' names.
         data = self._coco_api.dataset
@@ -124,14 +129,14 @@ class BoxEvaluator(evaluation.COCOEvaluator):
             ]
             for boxes in (data["annotations"], self._coco_results)
         )
-        api = COCO(
-            {
-                "images": [{"id": i} for i in images.values()],
-                "annotations": truth,
-                "categories": [{"id": i, "name": str(i)} for i in sorted(classes.values())],
-            }
-        )
-        coco_eval = COCOeval_faster(api, api.loadRes(results), "bbox", print_function=print)
+        api = COCO()
+        api.dataset = {
+            "images": [{"id": i} for i in images.values()],
+            "annotations": truth,
+            "categories": [{"id": i, "name": str(i)} for i in sorted(classes.values())],
+        }
+        api.createIndex()
+        coco_eval = COCOeval(api, api.loadRes(results), "bbox")
         coco_eval.params.maxDets = self._max_dets_per_image
         if img_ids is not None:
             coco_eval.params.imgIds = [images[image_id] for image_id in img_ids]
