@@ -541,7 +541,7 @@ def test_a_file_that_is_no_image(data, content):
     (data.image_root / "1.png").write_bytes(content)
     with pytest.raises(InputError, match=r"1\.png: it is not an image$"):
         GFLDatasetMapper(make_cfg(), is_train=True)(record)
-    with pytest.raises(InputError, match=r"1 of the 2 images .* 1\.png \(it is not an image\)$"):
+    with pytest.raises(InputError, match=r"1 of the 2 images .* 1\.png \(it is not an image\)\. Replace"):
         register_coco_format("again", data.json_file, data.image_root)
 
 
