@@ -195,6 +195,8 @@ def _make_config(merge: Callable[[CN], None], opts: Sequence[str], source: str) 
         cfg.merge_from_list([_as_written(item) for item in opts])
     except (*errors, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML's has several lines
+        if re.search(r"<class '(list|tuple)'> vs\. <class 'str'>", reason):
+            reason += """, which takes a list: write "['name']" in quotation marks"""
         raise InputError(f"{source} or options: {reason}") from None
     choose_device(cfg)
     check_config(cfg)

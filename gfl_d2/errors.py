@@ -32,7 +32,8 @@ def first_line(error: BaseException) -> str:
 
 
 def name_some(items: Iterable[object], number: int = 5) -> str:
-    """The first ``number`` items, for a message, and how many more there are."""
+    """The first ``number`` items, for a message of one line, and how many more there are."""
     names = [str(item) for item in items]
     rest = len(names) - number
-    return ", ".join(names[:number]) + (f" and {rest} more" if rest > 0 else "")
+    shown = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in n) for n in names[:number])
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

@@ -325,6 +325,16 @@ def test_malformed_files(tmp_path, text):
         load_config(str(path))
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("DATASETS.CLASSES", "dog"), ("DATASETS.REGISTER", "[cells]"), ("DATASETS.TRAIN", "('a')")],
+)
+def test_a_name_where_a_list_is_wanted(option):
+    """The shell takes quotation marks away, and ('a') is no tuple."""
+    with pytest.raises(InputError, match=rf"{option[0]}, which takes a list: write .\['name'\]"):
+        small(*option)
+
+
 def test_values_reach_the_model():
     model = build_model(
         small(

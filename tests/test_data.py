@@ -15,6 +15,7 @@ from gfl_d2.data import (
     GFLDatasetMapper,
     check_datasets,
     load_training_dicts,
+    loading,
     register_coco_format,
     register_datasets,
 )
@@ -185,7 +186,7 @@ def test_missing_key(data, kind, key):
 @pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
 def test_item_of_wrong_type(data, kind):
     data.coco[kind][1] = 5
-    assert f"item 1 of '{kind}' is not an object, but 5: delete it" in data.error()
+    assert f"item 1 of '{kind}' is not an object, but 5: correct or delete it" in data.error()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_image_in_a_folder_below(data):
 
 def test_missing_image_folder(data):
     data.write()
-    with pytest.raises(InputError, match=r"nowhere, the folder with the images of .*\.json, does"):
+    with pytest.raises(InputError, match=r"nowhere, which must have the images of .*json, is not"):
         register_coco_format("pets", data.json_file, data.folder / "nowhere")
 
 
@@ -299,6 +300,16 @@ def test_boxes_without_area_are_left_out(data, caplog, bbox):
     assert warning.startswith(f"{data.json_file} is used with these changes")
     assert f"(first: {[float(x) for x in bbox]} of {data.image_root}" in warning
     assert [len(r["annotations"]) for r in DatasetCatalog.get("pets")] == [1, 1]
+
+
+@pytest.mark.parametrize("bbox", [[3, 3, 0, 0], [400, 300, 4, 4]])
+def test_no_box_with_area(data, bbox):
+    """Else it would be evaluated as a test set whose annotations nobody has."""
+    for annotation in data.coco["annotations"]:
+        annotation["bbox"] = bbox
+    message = data.error()
+    assert "none of its 2 boxes has an area" in message
+    assert f"first: [{bbox[0]}.0, {bbox[1]}.0, " in message and "1.png" in message
 
 
 def test_box_partly_outside_is_kept(data, caplog):
@@ -404,6 +415,7 @@ def test_number_of_classes(data, eval_only, architecture):
     message = str(error.value)
     assert f"MODEL.{node}.NUM_CLASSES is 80, but dataset 'pets' has 2 classes" in message
     assert "cat, dog" in message
+    assert ("DATASETS.CLASSES" in message) == eval_only  # the weights may be right
 
 
 def test_number_of_classes_of_other_architectures_is_not_checked(data):
@@ -415,8 +427,11 @@ def test_number_of_classes_of_other_architectures_is_not_checked(data):
 
 def test_unknown_name(data):
     data.register("pets_train")
-    with pytest.raises(InputError, match=r"'pets_trian' is not registered; close names: pets_tra"):
-        check_datasets(make_cfg(train=("pets_trian",), test=()))
+    cfg = make_cfg(train=("pets_trian",), test=())
+    cfg.DATASETS.REGISTER = [["other", "a.json", "images"], "folders/cells"]
+    told = r"'pets_trian' is not registered; close names: pets_tra.*: here other, cells_<split>$"
+    with pytest.raises(InputError, match=told):
+        check_datasets(cfg)
 
 
 @pytest.mark.parametrize(("eval_only", "key"), [(False, "TRAIN"), (True, "TEST")])
@@ -456,10 +471,9 @@ def test_dataset_without_images(data):
             check_datasets(make_cfg(), eval_only)
 
 
-@pytest.mark.parametrize("spoil", [{"iscrowd": 1}, {"bbox": [3, 3, 0, 0]}])
-def test_nothing_left_to_train_on(data, spoil):
+def test_nothing_left_to_train_on(data):
     for annotation in data.coco["annotations"]:
-        annotation.update(spoil)
+        annotation["iscrowd"] = 1
     data.register()
     cfg = make_cfg()
     with pytest.raises(InputError, match=r"No image of .*'pets'.* has a box to train on .*\.json"):
@@ -506,6 +520,9 @@ def test_an_error_in_a_file_that_detectron2_reads(tmp_path):
     register_coco_instances("other", {}, str(tmp_path / "annotations.json"), str(tmp_path))
     with pytest.raises(InputError, match=r"Dataset other \(.*annotations\.json\) cannot be loaded"):
         load_training_dicts(make_cfg(("other",), ()))
+    # Also where a script loads it.
+    with pytest.raises(InputError, match=r"Dataset other .* cannot be loaded"), loading(["other"]):
+        DatasetCatalog.get("other")
 
 
 # Mapper
@@ -541,7 +558,9 @@ def test_a_file_that_is_no_image(data, content):
     (data.image_root / "1.png").write_bytes(content)
     with pytest.raises(InputError, match=r"1\.png: it is not an image$"):
         GFLDatasetMapper(make_cfg(), is_train=True)(record)
-    with pytest.raises(InputError, match=r"1 of the 2 images .* 1\.png \(it is not an image\)\. Replace"):
+    with pytest.raises(
+        InputError, match=r"1 of the 2 images .* 1\.png \(it is not an image\)\. Replace"
+    ):
         register_coco_format("again", data.json_file, data.image_root)
 
 

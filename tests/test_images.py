@@ -22,6 +22,9 @@ def touch(folder, *names):
         (folder / name).touch()
 
 
+ALIKE = "in another case or Unicode form"
+
+
 @pytest.mark.parametrize(
     ("name", "file", "way"),
     [
@@ -36,6 +39,13 @@ def touch(folder, *names):
         ("http://host/x/a%20b.jpg", "a b.jpg", "from the end of the path"),
         ("x%20y.jpg", "x%20y.jpg", ""),
         ("odd\\name.jpg", "odd\\name.jpg", ""),
+        ("https://host/x/a%20b.jpg?token=a%2Fb&v=1", "a b.jpg", "from the end of the path"),
+        ("a.jpg?raw=true", "a.jpg", "without ?..."),
+        ("why?.jpg", "why?.jpg", ""),
+        ("a.jpg", "A.JPG", ALIKE),
+        ("x/B/a.JPEG", "B/a.jpeg", ALIKE),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg", ALIKE),
+        ("cafe\u0301.jpg", "caf\u00e9.jpg", ALIKE),
     ],
 )
 def test_file_names_of_other_machines(tmp_path, name, file, way):
@@ -61,6 +71,22 @@ def test_one_file_is_not_taken_for_two_images(tmp_path):
     assert ways == {}
     # Two ways to write one name are one image, which a file may list twice.
     assert None not in find_images(str(tmp_path), ["x\\1.jpg", "x/1.jpg"])[0]
+
+
+def test_names_alike(tmp_path):
+    """A file in another case is taken only if it is the only one, and of no other image."""
+    touch(tmp_path, "a.jpg", "A.jpg", "b.jpg", "c.jpg")
+    names = ["A.JPG", "a.jpg", "b.jpg", "B.jpg", "C.jpg", "\0.jpg"]
+    paths, ways = find_images(str(tmp_path), names)
+    assert [p and os.path.basename(p) for p in paths] == [
+        None,
+        "a.jpg",
+        "b.jpg",
+        None,
+        "c.jpg",
+        None,
+    ]
+    assert ways == {ALIKE: 1}
 
 
 def turned(path):

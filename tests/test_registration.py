@@ -177,6 +177,16 @@ def test_classes_are_taken_in_the_order_of_the_config(data, caplog):
     assert "left out, with 1 boxes" in warnings(caplog)[0]
 
 
+def test_classes_whose_names_are_numbers(data):
+    for category, name in zip(data.coco["categories"], (1, 2)):
+        category["name"] = name
+    data.write()
+    cfg = make_cfg(num_classes=1, register=[["pets", data.json_file, data.image_root]])
+    cfg.DATASETS.CLASSES = [2]
+    register_datasets(cfg)
+    assert MetadataCatalog.get("pets").thing_classes == ["2"]
+
+
 @pytest.mark.parametrize("classes", [["cat", "cow"], ["dog", "dog"]])
 def test_classes_that_there_are_not(data, classes):
     data.write()

@@ -337,6 +337,9 @@ class TestResults:
             self.run_tool(monkeypatch, tmp_path, str(tmp_path / "picture.png"))
         with pytest.raises(SystemExit, match=r"Error: DATASETS\.TEST names no dataset"):
             self.run_tool(monkeypatch, tmp_path, str(tmp_path / "a.png"), "DATASETS.TEST", "()")
+        absent = ("DATASETS.TEST", "('absent',)")
+        with pytest.raises(SystemExit, match=r"Error: Dataset 'absent' is not registered.*pets"):
+            self.run_tool(monkeypatch, tmp_path, str(tmp_path / "a.png"), *absent)
 
     def test_tool_looks_at_the_output_first(self, monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match=r"Error: Picture '.*a\.unknown': its ending"):

@@ -124,7 +124,8 @@ BAD_BOXES = {
     "negative_width": [38, 18, -30, 24], "negative_height": [8, 42, 30, -24], "text": "8 18 30 24",
 }  # fmt: skip
 add_values("bbox", BAD_BOXES, Refused(r"(annotation 5 |id 5\)).*bbox"), FIFTH)
-add_values("bbox", {"all_texts": ["8", "18", "30", "24"]}, Refused("annotation 1 .*bbox"))
+add_values("bbox", {"all_texts": [*"1234"]}, Refused("annotation 1 .*bbox.*8 of 8"))
+add_values("bbox", {"all_outside": [960, 640, 30, 24]}, Refused("none of its 8 boxes.*pixels"))
 EMPTY_BOXES = {
     "no_width": [8, 18, 0, 24], "no_height": [8, 18, 30, 0], "point": [8, 18, 0, 0],
     "right": [WIDTH, 18, 30, 24], "below": [8, HEIGHT + 5, 30, 24], "left": [-30, 18, 30, 24],

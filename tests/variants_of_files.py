@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import cv2
 import numpy as np
 
@@ -95,6 +97,8 @@ add("pixels", "tif_rgb16", save_16_bits(".tif"), Reads())
 add("pixels", "exif_upright_sizes", turn, Reads())
 add("pixels", "zero_bytes", spoil(3, lambda content: b""), Refused(r"1 of the 4 images.*4\.png"))
 add("pixels", "no_image", spoil(3, lambda content: b"<html>"), Refused(r"4\.png.*not an image"))
+placeholder = spoil(3, lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:1")
+add("pixels", "git_lfs", placeholder, Refused(r"4\.png.*git lfs pull"))
 add(
     "pixels", "truncated", spoil(3, lambda content: content[: len(content) // 2]),
     Refused(r"4\.png", decoding=True),
@@ -102,7 +106,7 @@ add(
 
 # File names
 
-TAIL = {"from the end": 4}
+TAIL, ALIKE = {"from the end": 4}, {"case or Unicode": 4}
 NAMES = {
     "backslash": ("images\\{}", "images/{}", {"/ for": 4}),
     "backslash_to_root": ("images\\{}", "{}", TAIL),
@@ -117,6 +121,11 @@ NAMES = {
     "dot": ("./{}", "{}", {}),
     "url": ("https://example.org/images/{}", "{}", TAIL),
     "label_studio": ("data/local-files/?d=images/{}", "{}", TAIL),
+    "url_query": ("https://example.org/images/{}?token=a%2Fb&v=1", "{}", TAIL),
+    "query": ("{}?raw=true", "{}", {"without ?": 4}),
+    "case": ("IMG_{}", "img_{}", ALIKE),
+    "nfd_on_disk": ("caf\u00e9 {}", "cafe\u0301 {}", ALIKE),
+    "nfc_on_disk": ("cafe\u0301 {}", "caf\u00e9 {}", ALIKE),
     "parent": ("../images/{}", "{}", {}),
     "unicode": ("猫 é {}", "猫 é {}", {}),
 }
@@ -142,6 +151,8 @@ collision = in_turn("images", "file_name", ["/a/x/1.png", "/a/y/1.png", "3.png",
 add("file name", "name_tails_collide", collision, missing(2, r"/a/x/1\.png.*/a/y/1\.png"))
 collision = in_turn("images", "file_name", ["1.png", "/a/y/1.png", "3.png", "4.png"])
 add("file name", "name_tail_is_another", collision, missing(1, r"/a/y/1\.png"))
+newline = put("images", "file_name", lambda image: image["file_name"] + "\n", (2,))
+add("file name", "name_newline", newline, missing(1, r"3\.\w+\\n"))
 for case, value in {"missing": ABSENT, "null": None, "empty": "", "number": 1, "list": []}.items():
     change = put("images", "file_name", value, (2,))
     add("file name", f"name_is_{case}", change, Refused("(image 3 |id 3).*file_name"))
@@ -265,14 +276,21 @@ for case, encoding in ENCODINGS.items():
     add("file", f"file_{case}", change, Reads(notes={"encoding": 1}))
 cut = lambda data: data.write_bytes(data.to_text().encode()[:-9])  # noqa: E731
 add("file", "file_truncated", cut, Refused("JSON"))
-for case, content in {
-    "empty": b"",
-    "list": b"[]",
-    "number": b"1",
-    "latin": b'{"images": "\xe9"}',
-}.items():
+NO_FILES = {
+    "empty": (b"", "JSON: it is empty"),
+    "blank": (b" \n", "JSON: it is empty"),
+    "list": (b"[]", "COCO format"),
+    "number": (b"1", "COCO format"),
+    "latin": (b'{"images": "\xe9"}', "JSON.*UTF-8"),
+    "gzip": (gzip.compress(b"{}"), "JSON.*gunzip"),
+    "git_lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "JSON.*git lfs pull"),
+    "xml": (b"<annotation></annotation>", "JSON.*XML"),
+    "json_lines": (b'{"image_id": 1}\n{"image_id": 2}', "JSON.*several"),
+    "python": (b"{'images': []}", "JSON.*line 1"),
+}
+for case, (content, pattern) in NO_FILES.items():
     change = lambda data, content=content: data.write_bytes(content)  # noqa: E731
-    add("file", f"file_{case}", change, Refused("JSON|COCO format"))
+    add("file", f"file_{case}", change, Refused(pattern))
 NO_BOXES = Reads(left_out=tuple(BOXES), notes={"test set": 1})
 for case, value in {"missing": ABSENT, "null": None, "empty": []}.items():
     change = set_list("annotations", lambda items, value=value: value)
@@ -281,6 +299,7 @@ for case, value in {"dict": {}, "text": "none"}.items():
     change = set_list("annotations", lambda items, value=value: value)
     add("bbox", f"annotations_{case}", change, Refused("annotations"))
 for kind in ("images", "annotations", "categories"):
-    change = set_list(kind, lambda items: [*items, None])
-    add("file", f"item_of_{kind}_null", change, Refused(f"item . of '{kind}'"))
+    for case, item in {"null": None, "text": "cat", "list": list(range(1000))}.items():
+        change = set_list(kind, lambda items, item=item: [*items, item])
+        add("file", f"item_of_{kind}_{case}", change, Refused(f"item . of '{kind}'.*correct"))
 add("file", "images_missing", set_list("images", lambda items: ABSENT), Refused("images"))

@@ -15,7 +15,7 @@ import argparse
 import sys
 
 from gfl_d2.config import load_config
-from gfl_d2.data import loading, register_datasets
+from gfl_d2.data import check_registered, loading, register_datasets
 from gfl_d2.engine.runs import parse_arguments
 from gfl_d2.errors import InputError
 from gfl_d2.results import find_results
@@ -41,6 +41,7 @@ def main() -> None:
             raise InputError("DATASETS.TEST names no dataset")
         dataset = cfg.DATASETS.TEST[0]
         register_datasets(cfg, [dataset], check_images=False)
+        check_registered(cfg, [dataset])
         results = find_results(args.results or cfg.OUTPUT_DIR, dataset)
         with loading([dataset]):
             picture = draw_results(

@@ -2,6 +2,7 @@ from .coco_format import CocoData
 from .dataset_mapper import GFLDatasetMapper
 from .from_config import (
     check_datasets,
+    check_registered,
     compare_classes,
     load_training_dicts,
     loading,

@@ -82,7 +82,12 @@ class CocoData:
         self.class_names = list(names)
 
     def drop_boxes_without_area(self) -> None:
-        """Leave out, in place, the boxes of which nothing lies inside their image."""
+        """
+        Leave out, in place, the boxes of which nothing lies inside their image.
+
+        Raises:
+            InputError: no box would be left.
+        """
         sizes = self.sizes[self.image_indices]
         ends = np.minimum(self.boxes[:, :2] + self.boxes[:, 2:], sizes)
         has_area = (ends > self.boxes[:, :2].clip(min=0)).all(axis=1)
@@ -90,6 +95,11 @@ class CocoData:
         if count:
             first = int(np.argmin(has_area))
             where = f"{self.boxes[first].tolist()} of {self.file_names[self.image_indices[first]]}"
+            if count == len(self.boxes):
+                raise InputError(
+                    f"{self.json_file}: none of its {count} boxes has an area inside its image "
+                    f"(first: {where}): are they x, y, width, height in pixels of these images?"
+                )
             what = f"boxes without area in their image (first: {where})"
             self.changes.append((count, what, "left out"))
             self.take_boxes(has_area)
@@ -152,11 +162,12 @@ def read_annotations(json_file: str | os.PathLike) -> CocoData:
     try:
         encoding = json.detect_encoding(content)
         text = content.decode(encoding)
-        del content  # COCO's own file has half a gigabyte
+        content = content[:100]  # COCO's own file has half a gigabyte
         data = json.loads(text)
         del text
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{json_file} cannot be read as JSON: {error}") from None
+        reason = _why_no_json(content, error)
+        raise InputError(f"{json_file} cannot be read as JSON: {reason}") from None
     reader = _Reader(json_file)
     reader.note(int(encoding != "utf-8"), f"file in the encoding {encoding}", "decoded")
     category_ids, class_names, index_of_category = reader.read_categories(data)
@@ -176,6 +187,29 @@ def read_bytes(path: str) -> bytes:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+
+
+# What files begin with that are no JSON.
+_BEGINNINGS = {
+    b"": "it is empty",
+    b"\x1f\x8b": "it is compressed: unpack it with gunzip",
+    b"PK\x03\x04": "it is compressed: unpack it with unzip",
+    b"version https://git-lfs": "it is a placeholder of Git LFS: run 'git lfs pull'",
+    b"<": "it is XML or HTML; docs/data.md tells how to convert other formats",
+}
+
+
+def _why_no_json(content: bytes, error: Exception) -> str:
+    """Why a file cannot be read that begins with this content, in one line."""
+    beginning = content.lstrip()
+    for start, reason in _BEGINNINGS.items():
+        if beginning.startswith(start) if start else not beginning:
+            return reason
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error}. Save it as UTF-8"
+    if str(error).startswith("Extra data"):
+        return f"{error}. It holds several JSON values, and must be one object"
+    return f"{error}. Was it copied or written in full?"
 
 
 class _Reader:
@@ -201,7 +235,10 @@ class _Reader:
             )
         for index, item in enumerate(data[kind]):
             if type(item) is not dict:
-                self.fail(f"item {index} of '{kind}' is not an object, but {item!r}: delete it")
+                value = repr(item)[:60]
+                self.fail(
+                    f"item {index} of '{kind}' is not an object, but {value}: correct or delete it"
+                )
         return data[kind]
 
     def column(self, items: list[dict], kind: str, key: str) -> list:
@@ -355,9 +392,10 @@ class _Reader:
                     where = f"{self.name(items, i)} has bbox {values[i]!r}"
                     self.fail(f"{where}, of negative width or height: {_REMEDY}")
                 return boxes
-        i = next(i for i, value in enumerate(values) if not _is_bbox(value))
-        where = f"{self.name(items, i)} has bbox {str(values[i])[:60]}"
-        self.fail(f"{where}, not four finite numbers x, y, width, height: {_REMEDY}")
+        wrong = [i for i, value in enumerate(values) if not _is_bbox(value)]
+        where = f"{self.name(items, wrong[0])} has bbox {str(values[wrong[0]])[:60]}"
+        remedy = f"{_REMEDY}; {len(wrong)} of {len(items)} are like that"
+        self.fail(f"{where}, not four finite numbers x, y, width, height: {remedy}")
 
     def _note_annotation_ids(self, ids: list) -> None:
         missing = ids.count(None)

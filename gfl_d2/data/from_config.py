@@ -19,8 +19,8 @@ from ..errors import InputError, name_some
 from .registration import register_coco_format
 
 __all__ = [
-    "check_datasets", "compare_classes", "load_training_dicts", "loading", "register_datasets",
-    "resolve_num_classes",
+    "check_datasets", "check_registered", "compare_classes", "load_training_dicts", "loading",
+    "register_datasets", "resolve_num_classes",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def register_datasets(
     """
     if names is None:
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    classes = list(cfg.DATASETS.CLASSES)
+    classes = [str(name) for name in cfg.DATASETS.CLASSES]
     if len(set(classes)) < len(classes):
         raise InputError(f"DATASETS.CLASSES names a class twice: {name_some(classes, 20)}")
     for entry in cfg.DATASETS.REGISTER:
@@ -89,14 +89,24 @@ def register_datasets(
     _refuse_classes_of_others(classes, names)
 
 
+def _names_of(entry: list[str] | str) -> str:
+    """Which names an entry of DATASETS.REGISTER gives, for a message."""
+    items = [entry] if isinstance(entry, str) else entry
+    return f"{_prefix(items[0])}<split>" if len(items) == 1 else items[0]
+
+
+def _prefix(folder: str) -> str:
+    return f"{os.path.basename(os.path.abspath(folder))}_"
+
+
 def _register_folder(
     path: str, names: Iterable[str], classes: Sequence[str], check_images: bool
 ) -> None:
-    prefix = os.path.basename(os.path.abspath(path))
-    wanted = [name for name in names if name.startswith(f"{prefix}_")]
+    prefix = _prefix(path)
+    wanted = [name for name in names if name.startswith(prefix)]
     if not wanted:
         return
-    folder = _find(prefix, "folder", path, os.path.isdir)
+    folder = _find(prefix[:-1], "folder", path, os.path.isdir)
     splits = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "_annotations.coco.json"))):
         splits[os.path.basename(os.path.dirname(file))] = (file, os.path.dirname(file))
@@ -113,11 +123,11 @@ def _register_folder(
             "nor annotations/instances_*.json: name the files, [name, json_file, image_root]"
         )
     for name in wanted:
-        split = name[len(prefix) + 1 :]
+        split = name[len(prefix) :]
         if split in splits:
             register_coco_format(name, *splits[split], classes, check_images)
         elif name not in DatasetCatalog:
-            there = name_some(f"{prefix}_{split}" for split in splits)
+            there = name_some(f"{prefix}{split}" for split in splits)
             raise InputError(f"DATASETS.REGISTER: {folder} has no dataset '{name}', but {there}")
 
 
@@ -164,14 +174,14 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     used = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[used]:
         raise InputError(f"DATASETS.{used} names no dataset")
-    for name in names:
-        _check_exists(name)
+    check_registered(cfg, names)
     classes = {name: _class_names(name) for name in names}
     classes = {name: known for name, known in classes.items() if known is not None}
     _check_same_classes(classes)
     node = _NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE)
     if node is not None:
-        _check_num_classes(f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES, classes)
+        key = f"MODEL.{node}.NUM_CLASSES"
+        _check_num_classes(key, cfg.MODEL[node].NUM_CLASSES, classes, eval_only)
     _check_not_empty(names, train, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
 
 
@@ -188,7 +198,7 @@ def resolve_num_classes(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
         return cfg
     names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
     for name in names[:1]:
-        _check_exists(name)
+        check_registered(cfg, [name])
         classes = _class_names(name)
         if classes:
             cfg = cfg.clone()
@@ -257,28 +267,33 @@ def loading(names: Sequence[str]) -> Iterator[None]:
 
 def _comes_from_other_code(error: BaseException) -> bool:
     """Whether a function was on the way to the error that is none of those that read files."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    # The first two are those of loading() and of the code in its block.
+    walk = itertools.islice(traceback.walk_tb(error.__traceback__), 2, None)
+    frames = (frame for frame, _ in walk)
     modules = (frame.f_globals.get("__name__", "") for frame in frames)
     return any(name.partition(".")[0] not in _READERS for name in modules)
 
 
-def _check_exists(name: str) -> None:
-    if name not in DatasetCatalog:
-        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=5)
-        advice = f"close names: {', '.join(close)}" if close else "no registered name is close"
-        raise InputError(
-            f"Dataset '{name}' is not registered; {advice}. "
-            "DATASETS.REGISTER registers data in COCO format."
-        )
-    metadata = MetadataCatalog.get(name)
-    for key in ("json_file", "image_root"):
-        path = metadata.get(key)
-        if path and "://" not in path and not os.path.exists(path):
+def check_registered(cfg: CfgNode, names: Iterable[str]) -> None:
+    """Raise InputError if one of these datasets is not registered, or its files do not exist."""
+    for name in names:
+        if name not in DatasetCatalog:
+            close = difflib.get_close_matches(name, DatasetCatalog.list(), n=5)
+            advice = f"close names: {', '.join(close)}" if close else "no registered name is close"
+            entries = name_some(map(_names_of, cfg.DATASETS.REGISTER)) or "none"
             raise InputError(
-                f"{path}, which dataset '{name}' needs, does not exist. The environment variable "
-                "DETECTRON2_DATASETS names the folder that Detectron2's own datasets are in; "
-                f"here it is '{_datasets_root()}'."
+                f"Dataset '{name}' is not registered; {advice}. DATASETS.REGISTER registers data "
+                f"in COCO format: here {entries}"
             )
+        metadata = MetadataCatalog.get(name)
+        for key in ("json_file", "image_root"):
+            path = metadata.get(key)
+            if path and "://" not in path and not os.path.exists(path):
+                raise InputError(
+                    f"{path}, which dataset '{name}' needs, does not exist. The environment "
+                    "variable DETECTRON2_DATASETS names the folder that Detectron2's own datasets "
+                    f"are in; here it is '{_datasets_root()}'."
+                )
 
 
 def _check_not_empty(names: tuple[str, ...], train: tuple[str, ...], needs_boxes: bool) -> None:
@@ -308,12 +323,18 @@ def _class_names(name: str) -> list[str] | None:
     return metadata.get("thing_classes")
 
 
-def _check_num_classes(key: str, number: int, classes: dict[str, list[str]]) -> None:
+def _check_num_classes(
+    key: str, number: int, classes: dict[str, list[str]], eval_only: bool
+) -> None:
     for name, names in classes.items():
         if len(names) != number:
+            advice = f"set {key} {len(names)}"
+            if eval_only:  # the weights may be right
+                advice += ", or if that is not the number of MODEL.WEIGHTS, name theirs in "
+                advice += "DATASETS.CLASSES"
             raise InputError(
                 f"{key} is {number}, but dataset '{name}' has {len(names)} classes "
-                f"({name_some(names, 8)}): set {key} {len(names)}"
+                f"({name_some(names, 8)}): {advice}"
             )
 
 

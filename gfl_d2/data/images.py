@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -36,6 +38,7 @@ _REASONS = {
 }
 # Pillow raises SyntaxError for some kinds of damage in PNG files.
 _ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_PLACEHOLDER = b"version https://git-lfs"
 _BATCH = 256
 
 
@@ -58,7 +61,9 @@ def cache_folder(name: str) -> str:
 def find_images(image_root: str, names: Sequence[str]) -> tuple[list[str | None], dict[str, int]]:
     r"""
     The paths of images from their ``file_name``. Where there is no such file, the name is tried
-    with / for \, URL-decoded, and from its end, so that a path of another machine serves.
+    with / for \, URL-decoded, without the query of a URL, and from its end, so that a path of
+    another machine serves; at last, with other case or Unicode normalization, if only one file has
+    such a name.
 
     Returns:
         list: a path for each name, None if there is no such file, or if what is there is that of
@@ -70,6 +75,10 @@ def find_images(image_root: str, names: Sequence[str]) -> tuple[list[str | None]
     for name in names:
         tries = ((os.path.join(image_root, form), way) for form, way in _forms(name))
         path, way = next(((p, way) for p, way in tries if folders.has_file(p)), (None, ""))
+        if path is None:
+            alike = (folders.find_alike(os.path.join(image_root, form)) for form, _ in _forms(name))
+            path = next(filter(None, alike), None)
+            way = "in another case or Unicode form" if path else ""
         paths.append(path)
         ways.append(way)
     claims = collections.defaultdict(set)
@@ -88,7 +97,12 @@ def _forms(name: str) -> Iterator[tuple[str, str]]:
     yield slashed, "/ for \\"
     decoded = unquote(slashed)
     yield decoded, "URL-decoded"
-    for form in dict.fromkeys((slashed, decoded)):
+    forms = dict.fromkeys((slashed, decoded))
+    if "?" in slashed:
+        bare = unquote(slashed.partition("?")[0])
+        yield bare, "without ?..."
+        forms[bare] = None
+    for form in forms:
         parts = form.split("/")
         for start in range(1, len(parts)):
             yield "/".join(parts[start:]), "from the end of the path"
@@ -99,15 +113,33 @@ class _Folders:
 
     def __init__(self):
         self._names = {}
+        self._alike = {}
 
     def has_file(self, path: str) -> bool:
         folder, name = os.path.split(path)
+        return name in self._list(folder) or os.path.isfile(path)
+
+    def find_alike(self, path: str) -> str | None:
+        """The only file in the folder whose name differs in case or Unicode normalization alone."""
+        folder, name = os.path.split(path)
+        if folder not in self._alike:
+            self._alike[folder] = collections.defaultdict(list)
+            for other in self._list(folder):
+                self._alike[folder][_fold(other)].append(other)
+        others = self._alike[folder].get(_fold(name), ())
+        return os.path.join(folder, others[0]) if len(others) == 1 else None
+
+    def _list(self, folder: str) -> set[str]:
         if folder not in self._names:
             try:
                 self._names[folder] = set(os.listdir(folder))
-            except OSError:
+            except (OSError, ValueError):  # a null character
                 self._names[folder] = set()
-        return name in self._names[folder] or os.path.isfile(path)
+        return self._names[folder]
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def read_headers(image_root: str, paths: Sequence[str]) -> list[ImageHeader | str]:
@@ -157,7 +189,7 @@ def _read_header(path: str, known: dict[str, list]) -> list | str:
             size = (height, width) if is_turned else (width, height)
             return [*state, *size, is_turned, _bits(image)]
     except _ERRORS as error:
-        return _reason(error)
+        return _reason(error, path)
 
 
 def _bits(image: Image.Image) -> int:
@@ -190,8 +222,12 @@ def read_image(path: str, format: str) -> np.ndarray:
             image = Image.fromarray((values >> 8).astype(np.uint8))
             return detection_utils.convert_PIL_to_numpy(image, format)
     except _ERRORS as error:
-        raise InputError(f"Cannot read image {path}: {_reason(error)}") from None
+        raise InputError(f"Cannot read image {path}: {_reason(error, path)}") from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(len(_PLACEHOLDER)) == _PLACEHOLDER:
+                return "it is a placeholder of Git LFS: run 'git lfs pull'"
     return _REASONS.get(type(error)) or " ".join(str(error).split()) or first_line(error)

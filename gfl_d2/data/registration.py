@@ -130,7 +130,7 @@ def _add_images(data: CocoData, image_root: str, check_images: bool) -> list[tup
     """Turn file names into paths and fill in sizes, in place. Returns changes like CocoData's."""
     if not os.path.isdir(image_root):
         raise InputError(
-            f"{image_root}, the folder with the images of {data.json_file}, does not exist"
+            f"{image_root}, which must have the images of {data.json_file}, is not a folder"
         )
     found, ways = find_images(image_root, data.file_names)
     paths = [path or os.path.join(image_root, n) for path, n in zip(found, data.file_names)]
