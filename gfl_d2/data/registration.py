@@ -14,8 +14,10 @@ from tabulate import tabulate
 
 from ..errors import InputError, name_some
 from ..files import atomic_write
-from .coco_format import CocoData, read_annotations, read_bytes
+from .coco_data import CocoData
+from .coco_format import read_annotations
 from .images import ImageHeader, cache_folder, find_images, read_headers
+from .json_values import read_bytes
 
 __all__ = ["read_coco", "register_coco_format"]
 

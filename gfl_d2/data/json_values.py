@@ -1,0 +1,112 @@
+"""JSON files, and the ways to write a value in them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ..errors import InputError
+
+__all__ = [
+    "is_bbox", "read_bytes", "read_json", "to_flag", "to_number", "to_scalar", "to_size",
+]  # fmt: skip
+
+# What files begin with that are no JSON.
+_BEGINNINGS = {
+    b"": "it is empty",
+    b"\x1f\x8b": "it is compressed: unpack it with gunzip",
+    b"PK\x03\x04": "it is compressed: unpack it with unzip",
+    b"version https://git-lfs": "it is a placeholder of Git LFS: run 'git lfs pull'",
+    b"<": "it is XML or HTML; docs/data.md tells how to convert other formats",
+}
+# What is read as 0 or 1. Hashing takes true and 1.0 for 1.
+_FLAGS = {0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a file. Raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(json_file: str) -> tuple[Any, str]:
+    """
+    The content of a JSON file, and its encoding.
+
+    Raises:
+        InputError: the file is missing, or no JSON. The message says what it seems to be.
+    """
+    content = read_bytes(json_file)
+    try:
+        encoding = json.detect_encoding(content)
+        text = content.decode(encoding)
+        content = content[:100]  # COCO's own file has half a gigabyte
+        return json.loads(text), encoding
+    except (ValueError, RecursionError) as error:
+        reason = _why_no_json(content, error)
+        raise InputError(f"{json_file} cannot be read as JSON: {reason}") from None
+
+
+def _why_no_json(content: bytes, error: Exception) -> str:
+    """Why a file cannot be read that begins with this content, in one line."""
+    beginning = content.lstrip()
+    for start, reason in _BEGINNINGS.items():
+        if beginning.startswith(start) if start else not beginning:
+            return reason
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error}. Save it as UTF-8"
+    if str(error).startswith("Extra data"):
+        return f"{error}. It holds several JSON values, and must be one object"
+    return f"{error}. Was it copied or written in full?"
+
+
+def to_scalar(value: Any) -> Any:
+    """An id that has no equal of another type: 1.0 is 1, and true is not."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else value
+
+
+def to_number(value: Any) -> Any:
+    """An id as an integer if it is written as one in whatever way."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None if isinstance(value, bool) else value
+
+
+def to_size(value: Any) -> int:
+    """Width or height, 0 if it is not written or no positive number."""
+    number = _to_float(value)
+    return math.ceil(number) if math.isfinite(number) and number > 0 else 0
+
+
+def _to_float(value: Any) -> float:
+    """A number, also one written as text; NaN for anything else."""
+    if type(value) not in (int, float, str):
+        return math.nan
+    try:
+        return float(value)
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+def to_flag(value: Any) -> int | None:
+    """0 or 1, also for what lacks; None if the value says neither."""
+    if value is None:
+        return 0
+    return _FLAGS.get(value.strip().lower() if isinstance(value, str) else value)
+
+
+def is_bbox(value: Any) -> bool:
+    """Whether it is a list of four finite numbers."""
+    is_list = isinstance(value, list) and len(value) == 4
+    # Text is no number here.
+    return is_list and all(not isinstance(v, str) and math.isfinite(_to_float(v)) for v in value)
