@@ -37,7 +37,7 @@ setup(
         "numpy",
         "opencv-python",
         "pycocotools",
-    ],  # fmt: skip
+    ],
     extras_require={
         "data": ["supervision>=0.31.2; python_version >= '3.10'"],
         "dev": ["hypothesis", "import-linter", "pytest", "ruff"],

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from matplotlib.axes import Axes
+import logging
+from collections.abc import Iterable
+
+from anyascii import anyascii
+from detectron2.utils.logger import log_first_n
 from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
 
-__all__ = ["find_fonts", "make_plain", "set_fonts", "spell"]
+from .errors import name_some
+
+__all__ = ["choose_letters", "find_fonts", "make_plain"]
 
 # One has a box with a number for every character, the others pictures that matplotlib cannot draw.
 _UNFIT = ("Last Resort", "Color Emoji")
+
+
+def choose_letters(texts: Iterable[str], length: int) -> tuple[list[str], dict[str, str]]:
+    """
+    Make texts fit to be drawn: in one line of at most ``length`` characters, and what no font of
+    this system has in Latin letters, with one warning.
+
+    Returns:
+        list[str]: font families, in order of preference.
+        dict: text -> the text to draw.
+    """
+    plain = {text: make_plain(text, length) for text in texts}
+    families, missing = find_fonts("".join(plain.values()))
+    if missing:
+        log_first_n(
+            logging.WARNING,
+            f"No font has the characters {name_some(sorted(missing), 20)}, so they are drawn in "
+            "Latin letters: install a font that has them (Noto, for instance).",
+            key="message",
+        )
+    spelled = {c: anyascii(c) for c in missing}
+    return families, {
+        text: "".join(spelled.get(c, c) for c in line).strip() for text, line in plain.items()
+    }
 
 
 def find_fonts(text: str) -> tuple[list[str], set[str]]:
@@ -32,37 +62,10 @@ def find_fonts(text: str) -> tuple[list[str], set[str]]:
     return families, missing
 
 
-def set_fonts(axes: Axes, families: list[str]) -> None:
-    """Draw all texts of these axes in fonts of :func:`find_fonts`; a ``$`` is a dollar."""
-    for text in axes.texts:
-        text.set_fontfamily(families)
-        text.set_parse_math(False)
-        text.set_usetex(False)
-
-
 def make_plain(text: str, length: int) -> str:
     """The text in one line of at most ``length`` characters, without invisible ones."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def spell(text: str, missing: set[str], otherwise: str = "") -> str:
-    """
-    The text with those characters that are ``missing`` in Latin letters. Where the package anyascii
-    is absent, which knows them: ``otherwise``, or the text with their numbers in Unicode.
-    """
-    if missing.isdisjoint(text):
-        return text
-    try:
-        from anyascii import anyascii
-    except ImportError:
-        if otherwise:
-            return otherwise
-
-        def anyascii(c: str) -> str:
-            return c.encode("ascii", "backslashreplace").decode()
-
-    return "".join(anyascii(c) if c in missing else c for c in text).strip()
 
 
 def _lacking(file: str, characters: set[str]) -> set[str]:

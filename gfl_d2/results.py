@@ -33,13 +33,19 @@ def find_results(path: str | Path, dataset: str) -> Path:
             raise InputError(f"{path} has the results of '{path.parent.name}', not of '{dataset}'")
         return path
     if not path.exists():
-        raise InputError(f"{path}, for the results of dataset '{dataset}', does not exist")
+        raise InputError(
+            f"{path}, for the results of dataset '{dataset}', does not exist: evaluate it first, "
+            "by train_net.py --eval-only"
+        )
     for folder in ("inference", "."):
         for file in (path / folder / dataset / _RESULTS_FILE, path / folder / _RESULTS_FILE):
             if file.is_file():
                 return file
     there = name_some(sorted(path.rglob(_RESULTS_FILE))) or "nothing"
-    raise InputError(f"{path} has no results of dataset '{dataset}'. What is there: {there}")
+    raise InputError(
+        f"{path} has no results of dataset '{dataset}': evaluate it first, by train_net.py "
+        f"--eval-only. What is there: {there}"
+    )
 
 
 def load_results(

@@ -15,13 +15,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.logger import log_first_n
 from detectron2.utils.visualizer import VisImage, Visualizer
 from tqdm import tqdm
 
 from .data import read_image
 from .errors import InputError, name_some
-from .lettering import find_fonts, make_plain, set_fonts, spell
+from .lettering import choose_letters
 from .results import load_results
 
 __all__ = [
@@ -168,8 +167,7 @@ def draw_comparison(
 ) -> np.ndarray:
     """
     Draw ground truth, on the left, beside detections with their scores, on the right. A class has
-    the same colour on both sides. Where no font on this system has a class's name, it is spelled in
-    Latin letters by the package anyascii, or else numbered, with one warning.
+    the same colour on both sides. What no font on this system has is spelled in Latin letters.
 
     Args:
         image_rgb: shape (H, W, 3), uint8.
@@ -181,22 +179,12 @@ def draw_comparison(
     Returns:
         ndarray: as ``image_rgb``, of another size. Small images are enlarged, huge ones reduced.
     """
-    file = make_plain(Path(ground_truth.get("file_name", "")).name, 2 * _NAME_LENGTH)
-    names = [make_plain(str(n), _NAME_LENGTH) for n in metadata.get("thing_classes") or ()]
-    families, missing = find_fonts("".join([file, *names]))
-    file = spell(file, missing)
-    lacking = missing.intersection("".join(names))
-    if lacking:
-        log_first_n(
-            logging.WARNING,
-            f"No font has the characters {name_some(sorted(lacking), 20)} of the classes' names. "
-            "Install a font that has them (Noto, for instance). Until then, the package anyascii "
-            "spells them in Latin letters, or else the classes are numbered.",
-            key="message",
-        )
+    file = Path(ground_truth.get("file_name", "")).name
+    names = [str(name) for name in metadata.get("thing_classes") or ()]
+    families, letters = choose_letters([file, *names], _NAME_LENGTH)
 
     def draw(title: str, boxes: Sequence, classes: list[int], notes: list[str]) -> np.ndarray:
-        labels = [spell(names[c], missing, f"class {c}") if names else str(c) for c in classes]
+        labels = [letters[names[c]] if names else str(c) for c in classes]
         labels = [label + note for label, note in zip(labels, notes)]
         return _draw_boxes(image_rgb, title, boxes, labels, [_color(c) for c in classes], families)
 
@@ -204,7 +192,7 @@ def draw_comparison(
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     classes = [a["category_id"] for a in annotations]
     notes = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
-    left = draw(f"ground truth   {file}", boxes, classes, notes)
+    left = draw(f"ground truth   {letters[file]}", boxes, classes, notes)
 
     kept = predictions[predictions.scores >= score_thresh].to("cpu")
     notes = [f" {score:.2f}" for score in kept.scores.tolist()]
@@ -261,7 +249,10 @@ def _draw_boxes(
     bar.ax.text(6, 20, title, size=10)
     pictures = []
     for part in (bar, visualizer.output):
-        set_fonts(part.ax, families)
+        for text in part.ax.texts:
+            text.set_fontfamily(families)
+            text.set_parse_math(False)  # a $ is a dollar
+            text.set_usetex(False)
         pictures.append(part.get_image())
     return np.concatenate(pictures)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 import warnings
 
 import matplotlib
@@ -16,7 +14,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 
-from gfl_d2.lettering import find_fonts, make_plain, spell
+from gfl_d2.lettering import choose_letters, find_fonts, make_plain
 from gfl_d2.visualization import draw_comparison
 
 CAT, DOG = "\u732b", "\u72ac"
@@ -109,17 +107,17 @@ def test_names_and_title_are_drawn_in_the_font(add_font, caplog):
     assert caplog.text == ""
 
 
-def test_names_without_font_are_spelled_or_numbered(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "anyascii", None)  # an ImportError
-    assert np.array_equal(draw("a", DOG), draw("a", "class 1"))
-    assert caplog.text.count(f"No font has the characters {DOG} of the classes' names") == 1
-    assert np.array_equal(draw(file=f"{DOG}.jpg"), draw(file="\\u72ac.jpg"))
-    package = types.ModuleType("anyascii")
-    package.anyascii = {DOG: "Quan"}.get
-    monkeypatch.setitem(sys.modules, "anyascii", package)
+def test_names_without_font_are_spelled_in_latin_letters(caplog):
     assert np.array_equal(draw("a", f"{DOG} \xe9"), draw("a", "Quan \xe9"))
     assert np.array_equal(draw(file=f"{DOG}.jpg"), draw(file="Quan.jpg"))
-    assert spell("Quan", {DOG}) == "Quan"
+    assert caplog.text.count(f"No font has the characters {DOG}") == 1
+
+
+def test_letters(add_font):
+    add_font("Test Cat", CAT)
+    families, letters = choose_letters([f"{CAT}\n{DOG}", "Quan"], 8)
+    assert families == ["sans-serif", "Test Cat"]
+    assert letters == {f"{CAT}\n{DOG}": f"{CAT} Quan", "Quan": "Quan"}
 
 
 def test_a_dollar_is_a_dollar():

@@ -13,8 +13,10 @@ change the config, as for ``train_net.py``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from gfl_d2.analysis import analyze, format_report, save_picture
@@ -23,6 +25,14 @@ from gfl_d2.data import check_datasets, register_datasets, resolve_num_classes
 from gfl_d2.engine.runs import parse_arguments
 from gfl_d2.errors import InputError
 from gfl_d2.files import atomic_write
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output '{folder}' cannot be written: {error}") from None
 
 
 def main() -> None:
@@ -39,15 +49,15 @@ def main() -> None:
         register_datasets(cfg)
         cfg = resolve_num_classes(cfg)
         check_datasets(cfg)
-        args.output.mkdir(parents=True, exist_ok=True)
+        with writing(args.output):
+            args.output.mkdir(parents=True, exist_ok=True)
         analysis = analyze(cfg, args.max_images)
-        with atomic_write(args.output / "analysis.json", "w") as file:
-            json.dump(analysis.facts, file, indent=1)
-        save_picture(args.output / "analysis.png", analysis)
+        with writing(args.output):
+            with atomic_write(args.output / "analysis.json", "w") as file:
+                json.dump(analysis.facts, file, indent=1)
+            save_picture(args.output / "analysis.png", analysis)
     except InputError as error:
         sys.exit(f"Error: {error}")
-    except OSError as error:
-        sys.exit(f"Error: '{args.output}' cannot be written: {error}")
     print(format_report(analysis))
     print(f"\nWritten: {args.output / 'analysis.json'}, {args.output / 'analysis.png'}")
 

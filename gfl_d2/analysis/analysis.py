@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,22 +13,17 @@ from detectron2.config import CfgNode
 from ..errors import InputError
 from .advice import (
     Advice,
-    SizeFigures,
     advise_anchor_scale,
     advise_detections,
     advise_reg_max,
     advise_size,
     covering_reg_max,
 )
-from .assignment import REASONS, Assignment, AssignmentRule, assign_boxes
-from .boxes import BoxTable, InputSize, box_roots, boxes_at, input_shapes, read_boxes
-from .checks import Suspicion, check_files, find_duplicates, find_suspicious
+from .assignment import REASONS, Assignment, assign_boxes
+from .boxes import BoxTable, InputSize, box_sizes, read_boxes
+from .checks import MAX_LISTED, check_files, find_suspicious
 
 __all__ = ["Analysis", "analyze"]
-
-# Items of a list in the JSON file.
-_MAX_LISTED = 1000
-_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,8 @@ class Analysis:
 
     facts: dict[str, Any]  # can be written as JSON
     advice: list[Advice]
-    train: BoxTable
-    test: BoxTable | None
-    learned: BoxTable  # what of the training data is trained on
-    assignment: Assignment  # of it
-    # In train and test, the worst first: which of the two, its boxes, and the one that is meant.
-    suspicious: list[tuple[str, BoxTable, Suspicion]]
+    parts: dict[str, BoxTable]  # "train" and perhaps "test", without crowds
+    assignment: Assignment  # of the training data
 
     @property
     def opts(self) -> dict[str, Any]:
@@ -62,75 +55,81 @@ def analyze(cfg: CfgNode, max_images: int = 2000, seed: int = 0) -> Analysis:
     """
     if max_images < 0:
         raise InputError(f"The number of images must be 0, for all, or more, got {max_images}")
-    train = read_boxes(cfg.DATASETS.TRAIN)
-    test = read_boxes(cfg.DATASETS.TEST) if cfg.DATASETS.TEST else None
-    size, test_size = (InputSize.from_config(cfg, is_train=x) for x in (True, False))
-    rule = AssignmentRule.from_config(cfg)
-    learned = _learned(train, size)
-    if not len(learned.boxes):
+    names = {"train": cfg.DATASETS.TRAIN, "test": cfg.DATASETS.TEST}
+    tables = {part: read_boxes(names[part]) for part in names if names[part]}
+    parts = {part: table.without_crowds() for part, table in tables.items()}
+    sizes = {part: InputSize.from_config(cfg, part == "train") for part in names}
+    learned = {part: _with_area(table, sizes[part]) for part, table in parts.items()}
+    images = {part: _draw(table, max_images, seed) for part, table in learned.items()}
+    train = parts["train"]
+    num_crowds = {part: len(tables[part].boxes) - len(parts[part].boxes) for part in parts}
+    if not len(images["train"]):
         raise InputError(
-            f"Dataset {', '.join(train.names)} has no box to learn: {len(train.boxes)} boxes, "
-            f"{int(train.is_crowd.sum())} of them crowds"
+            f"Dataset {', '.join(train.names)} has no box to learn: "
+            f"{len(tables['train'].boxes)} boxes, {num_crowds['train']} of them crowds. Add boxes, "
+            "or name other data in DATASETS.TRAIN"
         )
-    images = _draw(learned, max_images, seed)
-    now = assign_boxes(learned, images, size, rule, "anchors of the training data")
-    longest_in_test = 0.0
-    if test is not None:
-        evaluated = _learned(test, test_size)
-        drawn = _draw(evaluated, max_images, seed)
-        if len(drawn):
-            in_test = assign_boxes(evaluated, drawn, test_size, rule, "anchors of the test data")
-            longest_in_test = float(in_test.longest_target.max())
 
-    figures = SizeFigures.of_assignment(learned, now, size, rule)
-    on_size, sizes = advise_size(cfg, learned, images, figures, rule)
+    @functools.cache
+    def assign(*opts: tuple[str, Any], part: str = "train") -> Assignment:
+        changed = cfg.clone()
+        changed.defrost()
+        changed.merge_from_list([item for pair in opts for item in pair])
+        label = ", ".join([f"anchors in {part}", *(f"{key} {value}" for key, value in opts)])
+        return assign_boxes(changed, learned[part], images[part], part == "train", label)
+
+    on_size, sizes_tried = advise_size(cfg, train, assign)
     # The other rules hold for the size and the scale that are recommended.
-    then, then_size = now, size
-    if on_size.opts:
-        then_size = sizes[-1].size
-        then = assign_boxes(learned, images, then_size, rule, "anchors at the new size")
-        longest_in_test *= then_size.short[-1] / size.short[-1]
-    on_scale, scales, then = advise_anchor_scale(cfg, learned, images, then, then_size, rule)
-    per_image = np.concatenate([_boxes_per_image(x) for x in (train, test) if x is not None])
+    at_size = functools.partial(assign, *on_size.opts.items())
+    on_scale, scales_tried = advise_anchor_scale(cfg, at_size)
+    then = functools.partial(at_size, *on_scale.opts.items())
+    has_test = len(images.get("test", ())) > 0
+    longest_in_test = float(then(part="test").longest_target.max()) if has_test else 0.0
+    per_image = np.concatenate([table.boxes_per_image() for table in parts.values()])
     advice = [
         on_size,
         on_scale,
-        advise_reg_max(cfg, then, longest_in_test),
+        advise_reg_max(cfg, then(), longest_in_test),
         advise_detections(cfg, per_image),
     ]
-    suspicious, duplicates = _check_boxes({"train": (train, size), "test": (test, test_size)})
+    now = assign()
+    checks = {part: find_suspicious(table, sizes[part]) for part, table in parts.items()}
+    suspicious = [{"part": part, **x} for part, (found, _) in checks.items() for x in found]
+    suspicious.sort(key=lambda x: -x["score"])
     facts = {
         "reg_max": cfg.MODEL.GFL.REG_MAX,
         "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-        "train": _count(train, size, cfg),
-        "test": _count(test, test_size, cfg) if test is not None else None,
-        "input": {"train": asdict(size), "test": asdict(test_size)},
+        "input": {part: asdict(size) for part, size in sizes.items()},
+        "images": [
+            {"part": part, "crowds": num_crowds[part], **_count(table, sizes[part], cfg)}
+            for part, table in parts.items()
+        ],
+        "classes": _count_classes(parts, sizes),
+        "levels": _count_levels(now, cfg.MODEL.GFL.REG_MAX),
         "anchors": {
-            "images": len(images),
-            "images_with_boxes": len(np.unique(learned.image)),
-            "boxes": len(now.box),
-            "without_anchor": {
-                reason: int((now.reason == i).sum()) for i, reason in enumerate(REASONS) if i
-            },
-            "without_anchor_by_class": _without_by_class(learned, now),
+            "images": len(images["train"]),
+            "images_with_boxes": len(np.unique(learned["train"].image)),
+            "boxes": len(now.boxes),
+            "without_anchor": dict(zip(REASONS, np.bincount(now.reason, minlength=4)[1:].tolist())),
+            "without_anchor_by_class": _by_class(now.classes[now.reason > 0], train.class_names),
             "anchors_per_box": float(now.positives.sum(axis=1).mean()),
         },
-        "levels": _levels(now, rule, cfg.MODEL.GFL.REG_MAX),
-        "sizes_tried": [asdict(x) for x in (figures, *sizes)],
-        "anchor_scales_tried": {f"{scale:g}": values for scale, values in scales.items()},
-        "duplicate_boxes": duplicates,
-        "files": _check_all_files(train, test),
-        "suspicious": _describe_suspicious(suspicious),
+        "sizes_tried": [asdict(x) for x in sizes_tried],
+        "anchor_scales_tried": scales_tried,
+        "duplicate_boxes": {part: duplicates for part, (_, duplicates) in checks.items()},
+        "files": check_files({part: table.files for part, table in parts.items()}),
+        "suspicious_boxes": len(suspicious),
+        "suspicious": suspicious[:MAX_LISTED],
         "advice": [asdict(x) for x in advice],
     }
-    return Analysis(facts, advice, train, test, learned, now, suspicious)
+    return Analysis(facts, advice, parts, now)
 
 
-def _learned(table: BoxTable, size: InputSize) -> BoxTable:
-    """Without crowds and boxes that have no area at every input size: training drops them."""
-    keep = ~table.is_crowd
+def _with_area(table: BoxTable, size: InputSize) -> BoxTable:
+    """Without boxes that have no area at an input size: training drops them."""
+    keep = np.ones(len(table.boxes), dtype=bool)
     for short in size.short:
-        boxes = boxes_at(table, input_shapes(table.sizes, short, size.longest))
+        boxes = table.boxes_at(size.shapes(table.sizes, short))
         keep &= (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(axis=1)
     return table.take(keep)
 
@@ -143,128 +142,62 @@ def _draw(table: BoxTable, max_images: int, seed: int) -> np.ndarray:
     return np.sort(images)
 
 
-def _boxes_per_image(table: BoxTable) -> np.ndarray:
-    return np.bincount(table.image[~table.is_crowd], minlength=len(table.files))
-
-
 def _count(table: BoxTable, size: InputSize, cfg: CfgNode) -> dict[str, Any]:
-    """Images and boxes of a table, as annotated."""
-    each = table.take(~table.is_crowd)
-    counts = np.bincount(each.classes, minlength=len(table.class_names))
-    pairs = np.unique(np.stack([each.classes, each.image]), axis=1)
-    with_class = np.bincount(pairs[0], minlength=len(table.class_names))
-    shapes = input_shapes(table.sizes, int(np.median(size.short)), size.longest)
-    boxes = boxes_at(each, shapes)
-    roots, sides = box_roots(boxes), boxes[:, 2:] - boxes[:, :2]
-    aspects = sides[:, 0] / sides[:, 1].clip(min=1e-6)
-    per_image = _boxes_per_image(table)
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    """Images and boxes of a table without crowds. Sizes are at the input."""
+    shapes, per_image = size.shapes(table.sizes), table.boxes_per_image()
+    boxes = table.boxes_at(shapes)
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
     return {
-        "datasets": list(table.names),
+        "datasets": ", ".join(table.names),
         "images": len(table.files),
         "images_without_boxes": int((per_image == 0).sum()),
-        "boxes": len(each.boxes),
-        "crowds": int(table.is_crowd.sum()),
-        "classes": {
-            name: {
-                "boxes": int(counts[i]),
-                "images": int(with_class[i]),
-                "median_size": float(np.median(roots[each.classes == i])) if counts[i] else None,
-            }
-            for i, name in enumerate(table.class_names)
-        },
-        "classes_without_boxes": [n for n, c in zip(table.class_names, counts) if c == 0],
-        "size_percentiles": _percentiles(roots),
-        "aspect_percentiles": _percentiles(aspects),
-        "boxes_per_image": {
-            "max": int(per_image.max()),
-            "percentile_99": float(np.percentile(per_image, 99)),
-            "images_above_limit": int((per_image > limit).sum()),
-        },
-        "median_enlargement": float(np.median(shapes.min(axis=1) / table.sizes.min(axis=1))),
+        "above_detections_per_image": int((per_image > cfg.TEST.DETECTIONS_PER_IMAGE).sum()),
+        "boxes": len(boxes),
+        "most_boxes_in_image": int(per_image.max()),
+        "percentile_99": float(np.percentile(per_image, 99)),
+        **_percentiles("size", box_sizes(boxes)),
+        **_percentiles("aspect", width / height.clip(min=1e-6)),
+        "enlarged": float(np.median(shapes.min(axis=1) / table.sizes.min(axis=1))),
     }
 
 
-def _check_boxes(
-    parts: dict[str, tuple[BoxTable | None, InputSize]],
-) -> tuple[list[tuple[str, BoxTable, Suspicion]], dict[str, dict[str, int]]]:
-    """Suspicious boxes, the worst first, and how many duplicates each part has."""
-    suspicious, counts = [], {}
-    for name, (table, size) in parts.items():
-        if table is None:
-            continue
-        each = table.take(~table.is_crowd)
-        duplicates = find_duplicates(each)
-        counts[name] = duplicates.counts()
-        shapes = input_shapes(table.sizes, int(np.median(size.short)), size.longest)
-        found = find_suspicious(each, boxes_at(each, shapes), duplicates)
-        suspicious += [(name, each, suspicion) for suspicion in found]
-    return sorted(suspicious, key=lambda x: -x[2].score), counts
+def _count_classes(
+    parts: Mapping[str, BoxTable], sizes: Mapping[str, InputSize]
+) -> list[dict[str, Any]]:
+    """Of each class: its boxes and images in each part, and the median size, the most first."""
+    rows = [{"class": name} for name in parts["train"].class_names]
+    for part, table in parts.items():
+        roots = box_sizes(table.boxes_at(sizes[part].shapes(table.sizes)))
+        for i, row in enumerate(rows):
+            here = table.classes == i
+            row[f"{part}_boxes"] = int(here.sum())
+            row[f"{part}_images"] = len(np.unique(table.image[here]))
+            row[f"{part}_median_size"] = float(np.median(roots[here])) if here.any() else None
+    return sorted(rows, key=lambda row: -row["train_boxes"])
 
 
-def _describe_suspicious(suspicious: list[tuple[str, BoxTable, Suspicion]]) -> dict[str, Any]:
-    worst = []
-    for part, table, suspicion in suspicious[:_MAX_LISTED]:
-        x0, y0, x1, y1 = table.boxes[suspicion.row].tolist()
-        worst.append({
-            "part": part,
-            "file": table.files[table.image[suspicion.row]],
-            "class": table.class_names[table.classes[suspicion.row]],
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": suspicion.score,
-            "reasons": list(suspicion.reasons),
-        })  # fmt: skip
-    return {"boxes": len(suspicious), "worst": worst}
-
-
-def _check_all_files(train: BoxTable, test: BoxTable | None) -> dict[str, Any]:
-    """Images that cannot be read, and those of the same content."""
-    test_files = test.files if test is not None else []
-    hashes, problems = check_files([*train.files, *test_files])
-    same: dict[str, dict[str, list[str]]] = {}
-    for part, files in (("train", train.files), ("test", test_files)):
-        for file in files:
-            if file in hashes:
-                same.setdefault(hashes[file], {"train": [], "test": []})[part].append(file)
-    in_both = [x for x in same.values() if x["train"] and x["test"]]
-    in_train = [x["train"] for x in same.values() if len(x["train"]) > 1]
-    return {
-        "unreadable": problems,
-        "in_train_and_test": len(in_both),
-        "in_train_and_test_files": in_both[:_MAX_LISTED],
-        "several_times_in_train": len(in_train),
-        "several_times_in_train_files": in_train[:_MAX_LISTED],
-    }
-
-
-def _percentiles(values: np.ndarray) -> dict[str, float]:
-    if not len(values):
-        return {}
-    return dict(zip(map(str, _PERCENTILES), np.percentile(values, _PERCENTILES).tolist()))
-
-
-def _without_by_class(table: BoxTable, assignment: Assignment) -> dict[str, int]:
-    classes = table.classes[assignment.box[assignment.reason > 0]]
-    counts = np.bincount(classes, minlength=len(table.class_names))
-    return {name: int(n) for name, n in zip(table.class_names, counts) if n}
-
-
-def _levels(assignment: Assignment, rule: AssignmentRule, reg_max: int) -> dict[str, dict]:
+def _count_levels(assignment: Assignment, reg_max: int) -> list[dict[str, Any]]:
     """Of each level: its anchors, the boxes that have most of theirs there, and its targets."""
-    main = np.where(assignment.reason == 0, assignment.positives.argmax(axis=1), -1)
-    roots = box_roots(assignment.boxes)
-    levels = {}
-    for i, name in enumerate(rule.level_names):
-        targets, here = assignment.targets[i], roots[main == i]
-        total = int(targets.sum())
-        levels[name] = {
-            "stride": rule.strides[i],
+    roots, main = box_sizes(assignment.boxes), assignment.main_level()
+    return [
+        {
+            "level": name,
+            "stride": assignment.strides[i],
+            "boxes": int((main == i).sum()),
             "anchors": int(assignment.positives[:, i].sum()),
-            "boxes": len(here),
-            "size_percentiles": _percentiles(here),
-            "sides": total,
-            "sides_beyond": int(targets[reg_max + 1 :].sum()),
-            "longest_side": float(assignment.longest_target[i]),
-            "reg_max": covering_reg_max(targets) if total else None,
+            **_percentiles("size", roots[main == i]),
+            "longest_target": float(assignment.longest_target[i]),
+            "beyond_reg_max": float(targets[reg_max + 1 :].sum() / max(targets.sum(), 1)),
+            "reg_max_needed": covering_reg_max(targets) if targets.any() else None,
         }
-    return levels
+        for i, (name, targets) in enumerate(zip(assignment.level_names, assignment.targets))
+    ]
+
+
+def _percentiles(name: str, values: np.ndarray) -> dict[str, float | None]:
+    found = np.percentile(values, (5, 50, 95)).tolist() if len(values) else [None] * 3
+    return {f"{name}_{p}": x for p, x in zip((5, 50, 95), found)}
+
+
+def _by_class(classes: np.ndarray, names: list[str]) -> dict[str, int]:
+    return {names[i]: int(n) for i, n in enumerate(np.bincount(classes)) if n}

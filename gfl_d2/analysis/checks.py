@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from ..errors import first_line
-from ..modeling import aligned_iou
-from .boxes import BoxTable
+from .boxes import BoxTable, InputSize, group_rows
 
-__all__ = ["Duplicates", "Suspicion", "check_files", "find_duplicates", "find_suspicious"]
+__all__ = ["DUPLICATES", "MAX_LISTED", "check_files", "find_duplicates", "find_suspicious"]
 
-# Boxes of a higher IoU are near duplicates.
+# Items of a list in the JSON file.
+MAX_LISTED = 1000
+
+# Kinds of duplicates, and how bad they are. Near ones are those of a higher IoU; those of other
+# classes may be exact too.
+DUPLICATES = ("exact", "near", "other_class")
+_BADNESS = np.array([2.0, 1.5, 1.0])
 _NEAR = 0.95
 # Sides below this, in pixels at the input, are tiny.
 _TINY = 2.0
@@ -38,146 +45,106 @@ _USUAL = 0.05
 _CROSSING = (2.0, 0.02)
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Pairs of boxes of one image with an IoU above 0.95. Shape: P pairs."""
-
-    pairs: np.ndarray  # (P, 2), rows of the table, in order
-    is_same_class: np.ndarray  # (P,), bool
-    is_exact: np.ndarray  # (P,), bool: all four numbers are equal
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "exact": int((self.is_exact & self.is_same_class).sum()),
-            "near": int((~self.is_exact & self.is_same_class).sum()),
-            "other_class": int((~self.is_same_class).sum()),
-        }
-
-
-@dataclass(frozen=True)
-class Suspicion:
-    """A box that may be wrong."""
-
-    row: int  # of the table
-    score: float  # sum of how bad each reason is, from 1
-    reasons: tuple[str, ...]
-
-
-def find_duplicates(table: BoxTable) -> Duplicates:
+def find_duplicates(table: BoxTable) -> tuple[np.ndarray, np.ndarray]:
     """
     Duplicates among the boxes of each image. Of a table without crowds.
 
-    With an IoU above t the one box begins at most (1 / t - 1) of its width after the other. So
-    boxes are sorted by image and left side, and each is compared with the few behind it.
+    Returns:
+        ndarray: shape (P, 2), pairs of rows of the table with an IoU above 0.95.
+        ndarray: shape (P,), the kind of each, an index of DUPLICATES.
     """
-    boxes = table.boxes
-    left, width = boxes[:, 0], boxes[:, 2] - boxes[:, 0]
-    order = np.lexsort((left, table.image))
-    # One number that is in the same order: image after image.
-    step = (left.max(initial=0) - left.min(initial=0)) + width.max(initial=0) + 1
-    key = (table.image * step + (left - left.min(initial=0)))[order]
-    last = np.searchsorted(key, key + width[order] * (1 / _NEAR - 1) + 1e-6, side="right")
-    number = (last - np.arange(len(key)) - 1).clip(min=0)
-    first = np.repeat(np.arange(len(key)), number)
-    second = first + 1 + np.arange(len(first)) - np.repeat(number.cumsum() - number, number)
-    pairs = np.sort(np.stack([order[first], order[second]], axis=1), axis=1)
-    pairs = pairs[table.image[pairs[:, 0]] == table.image[pairs[:, 1]]]
-    iou = aligned_iou(*(torch.from_numpy(boxes[side]) for side in pairs.T)).numpy()
-    pairs = pairs[iou > _NEAR]
+    boxes, pairs = torch.from_numpy(table.boxes), [np.zeros((0, 2), dtype=np.int64)]
+    for rows in group_rows(table.image):
+        for start in range(0, len(rows), 1000):  # an image may have very many
+            iou = box_iou(boxes[rows[start : start + 1000]], boxes[rows[start:]])
+            is_near = iou.triu(diagonal=1) > _NEAR
+            pairs.append(rows[start:][is_near.nonzero().numpy()])
+    pairs = np.concatenate(pairs)
     one, other = pairs.T
-    return Duplicates(
-        pairs=pairs,
-        is_same_class=table.classes[one] == table.classes[other],
-        is_exact=(boxes[one] == boxes[other]).all(axis=1),
-    )
+    is_exact = (table.boxes[one] == table.boxes[other]).all(axis=1)
+    is_same_class = table.classes[one] == table.classes[other]
+    return pairs, np.where(is_same_class, np.where(is_exact, 0, 1), 2)
 
 
-def find_suspicious(
-    table: BoxTable, boxes_at_input: np.ndarray, duplicates: Duplicates
-) -> list[Suspicion]:
+def find_suspicious(table: BoxTable, size: InputSize) -> tuple[list[dict], dict[str, int]]:
     """
-    Boxes that are unlike the others of their class, or that no annotator would have meant.
-
-    Args:
-        table: without crowds.
-        boxes_at_input: shape (M, 4), the same boxes at the input size, in pixels.
-        duplicates: of the table.
+    Boxes that are unlike the others of their class, or that no annotator would have meant. Of a
+    table without crowds.
 
     Returns:
-        list[Suspicion]: the worst first.
+        list[dict]: the worst first, each with its "reasons", and their sum as "score".
+        dict: how many duplicates of each kind there are.
     """
-    found: dict[int, list[tuple[float, str]]] = {}
-
-    def add(rows: np.ndarray, scores: np.ndarray, texts: Sequence[str]) -> None:
-        for row, score, text in zip(rows.tolist(), scores.tolist(), texts):
-            found.setdefault(row, []).append((score, text))
-
-    side = (boxes_at_input[:, 2:] - boxes_at_input[:, :2]).min(axis=1)
-    (rows,) = np.nonzero(side < _TINY)
-    tiny = side[rows]
-    add(rows, (_TINY / tiny.clip(min=0.2)), [f"{x:.1f} pixels at the input" for x in tiny])
-
-    width, height = (table.boxes[:, 2:] - table.boxes[:, :2]).clip(min=1e-3).T
-    size = table.sizes[table.image][:, ::-1]
-    inside = table.boxes.clip(0, np.concatenate([size, size], axis=1))
+    boxes, classes = table.boxes, table.classes
+    at_input = table.boxes_at(size.shapes(table.sizes))
+    tiny = (at_input[:, 2:] - at_input[:, :2]).min(axis=1)
+    width, height = (boxes[:, 2:] - boxes[:, :2]).clip(min=1e-3).T
+    image = table.sizes[table.image][:, ::-1]
+    inside = boxes.clip(0, np.concatenate([image, image], axis=1))
+    area = (inside[:, 2:] - inside[:, :2]).prod(axis=1)
+    outside = 1 - area / (width * height)
+    is_crossing = (np.abs(boxes - inside).max(axis=1) > _CROSSING[0]) & (outside > _CROSSING[1])
+    is_whole = area / image.prod(axis=1) > _WHOLE
+    count, whole = (np.bincount(classes, weights, minlength=1) for weights in (None, is_whole))
+    is_whole &= (whole <= _USUAL * count)[classes]
     # The border cuts objects off: that makes boxes smaller, wider or taller.
-    is_cut = ((table.boxes[:, :2] < 1) | (table.boxes[:, 2:] > size - 1)).any(axis=1)
-    z = _robust_z(np.log(width * height) / 2, table.classes)
-    (rows,) = np.nonzero((z > _OUTLIER) | ((z < -_OUTLIER) & ~is_cut))
-    texts = [f"much {'larger' if x > 0 else 'smaller'} than its class" for x in z[rows]]
-    add(rows, np.abs(z[rows]) / _OUTLIER, texts)
-    z = _robust_z(np.log(width / height), table.classes)
-    (rows,) = np.nonzero((np.abs(z) > _OUTLIER) & ~is_cut)
-    texts = [f"much {'wider' if x > 0 else 'taller'} than its class" for x in z[rows]]
-    add(rows, np.abs(z[rows]) / _OUTLIER, texts)
+    is_uncut = ((boxes[:, :2] >= 1) & (boxes[:, 2:] <= image - 1)).all(axis=1)
+    larger = _robust_z(np.log(width * height) / 2, classes) / _OUTLIER
+    wider = _robust_z(np.log(width / height), classes) / _OUTLIER
+    pairs, kinds = find_duplicates(table)
+    twin = np.zeros(len(boxes), dtype=np.int64)
+    twin[pairs[:, 1]] = pairs[:, 0]
+    repeats = np.bincount(pairs[:, 1], _BADNESS[kinds], minlength=len(boxes))
 
-    cover = (inside[:, 2:] - inside[:, :2]).prod(axis=1) / size.prod(axis=1)
-    is_whole = cover > _WHOLE
-    number = np.bincount(table.classes, minlength=1).clip(min=1)
-    usual = np.bincount(table.classes, weights=is_whole, minlength=1) / number > _USUAL
-    (rows,) = np.nonzero(is_whole & ~usual[table.classes])
-    add(rows, np.full(len(rows), 1.5), ["nearly the whole image"] * len(rows))
+    # Where each holds, how bad that is, from 1, and what to say of box i.
+    reasons = [
+        (tiny < _TINY, _TINY / tiny.clip(0.2), lambda i: f"{tiny[i]:.1f} pixels at the input"),
+        (larger > 1, larger, lambda i: "much larger than its class"),
+        ((larger < -1) & is_uncut, -larger, lambda i: "much smaller than its class"),
+        ((wider > 1) & is_uncut, wider, lambda i: "much wider than its class"),
+        ((wider < -1) & is_uncut, -wider, lambda i: "much taller than its class"),
+        (is_whole, 1.5, lambda i: "nearly the whole image"),
+        (is_crossing, 1 + 5 * outside, lambda i: f"{outside[i]:.0%} outside of the image"),
+        (repeats > 0, repeats, lambda i: f"as another box ({table.class_names[classes[twin[i]]]})"),
+    ]
+    scores = np.array([np.where(holds, score, 0) for holds, score, _ in reasons])
+    total, found = scores.sum(axis=0), []
+    for row in np.argsort(-total, kind="stable")[: np.count_nonzero(total)].tolist():
+        worst_first = np.argsort(-scores[:, row], kind="stable")
+        x0, y0, x1, y1 = boxes[row].tolist()
+        found.append({
+            "file": table.files[table.image[row]],
+            "class": table.class_names[classes[row]],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": float(total[row]),
+            "reasons": [reasons[k][2](row) for k in worst_first if scores[k, row]],
+        })  # fmt: skip
+    return found, dict(zip(DUPLICATES, np.bincount(kinds, minlength=3).tolist()))
 
-    outside = np.abs(table.boxes - inside).max(axis=1)
-    share = 1 - (inside[:, 2:] - inside[:, :2]).prod(axis=1) / (width * height)
-    (rows,) = np.nonzero((outside > _CROSSING[0]) & (share > _CROSSING[1]))
-    add(rows, 1 + 5 * share[rows], [f"{x:.0%} outside of the image" for x in share[rows]])
 
-    first, rows = duplicates.pairs.T
-    kind = np.where(duplicates.is_same_class, np.where(duplicates.is_exact, 2.0, 1.5), 1.0)
-    add(rows, kind, [f"as another box ({table.class_names[table.classes[x]]})" for x in first])
-
-    suspicions = []
-    for row, reasons in found.items():
-        texts = tuple(dict.fromkeys(text for _, text in sorted(reasons, reverse=True)))
-        suspicions.append(Suspicion(row, sum(score for score, _ in reasons), texts))
-    return sorted(suspicions, key=lambda x: (-x.score, x.row))
-
-
-def check_files(files: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+def check_files(parts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """
-    Read images whole, with a progress bar.
-
-    Returns:
-        dict: file -> hash of its content, of those that can be read.
-        dict: file -> why it cannot be read.
+    Read the images of "train" and perhaps "test" whole, with a progress bar. Returns those that
+    cannot be read, with the reason, and those of the same content.
     """
-    unique = sorted(set(files))
-    hashes, problems = {}, {}
+    files = sorted({file for part in parts.values() for file in part})
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2)) as pool:
-        results = tqdm(
-            pool.map(_check_file, unique),
-            total=len(unique),
-            desc="files",
-            leave=False,
-            unit="image",
-        )
-        for file, (content, problem) in zip(unique, results):
-            if problem:
-                problems[file] = problem
-            else:
-                hashes[file] = content
-    return hashes, problems
+        results = pool.map(_check_file, files)
+        found = dict(zip(files, tqdm(results, "files", len(files), leave=False, unit="image")))
+    same = collections.defaultdict(lambda: {"train": [], "test": []})
+    for part, names in parts.items():
+        for name in names:
+            if found[name][0]:
+                same[found[name][0]][part].append(name)
+    in_both = [x for x in same.values() if x["train"] and x["test"]]
+    in_train = [x["train"] for x in same.values() if len(x["train"]) > 1]
+    return {
+        "unreadable": {file: problem for file, (_, problem) in found.items() if problem},
+        "in_train_and_test": len(in_both),
+        "in_train_and_test_files": in_both[:MAX_LISTED],
+        "several_times_in_train": len(in_train),
+        "several_times_in_train_files": in_train[:MAX_LISTED],
+    }
 
 
 def _check_file(file: str) -> tuple[str, str]:
@@ -199,9 +166,7 @@ def _check_file(file: str) -> tuple[str, str]:
 def _robust_z(values: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Distance of each value, (M,), from the median of its class, in robust deviations."""
     z = np.zeros(len(values))
-    order = np.argsort(classes, kind="stable")
-    bounds = np.flatnonzero(np.diff(classes[order])) + 1
-    for rows in np.split(order, bounds):
+    for rows in group_rows(classes):
         if len(rows) >= _MIN_BOXES:
             away = values[rows] - np.median(values[rows])
             z[rows] = away / max(1.4826 * np.median(np.abs(away)), _LEAST_SPREAD)
