@@ -90,4 +90,4 @@ def test_files(tmp_path):
     expected = [{"train": [a, copy], "test": [copy]}, {"train": [b], "test": [b]}]
     assert found["in_train_and_test_files"] == expected
     assert set(found["unreadable"]) == set(broken)
-    assert found["unreadable"][broken[-1]] == "No such file or directory"
+    assert found["unreadable"][broken[-1]] == "no such file"

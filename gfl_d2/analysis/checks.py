@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from ..errors import first_line
+from ..data.images import READ_ERRORS, why_unreadable
 from .boxes import BoxTable, InputSize, group_rows
 
 __all__ = ["DUPLICATES", "MAX_LISTED", "check_files", "find_duplicates", "find_suspicious"]
@@ -155,11 +155,8 @@ def _check_file(file: str) -> tuple[str, str]:
         with Image.open(io.BytesIO(content)) as image:
             image.draft("RGB", (8, 8))  # a JPEG is decoded small, which is faster
             image.load()
-    except Image.UnidentifiedImageError:
-        return "", "it is not an image"
-    # Pillow raises SyntaxError for some kinds of damage in PNG files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return "", getattr(error, "strerror", None) or str(error) or first_line(error)
+    except READ_ERRORS as error:
+        return "", why_unreadable(error, file)
     return hashlib.blake2b(content, digest_size=16).hexdigest(), ""
 
 

@@ -72,18 +72,17 @@ def resolve_num_classes(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     if node is None or cfg.MODEL[node].NUM_CLASSES:
         return cfg
     names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
-    for name in names[:1]:
-        check_registered(cfg, [name])
-        classes = _class_names(name)
-        if classes:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.MODEL[node].NUM_CLASSES = len(classes)
-            cfg.freeze()
-            return cfg
-    raise InputError(
-        f"MODEL.{node}.NUM_CLASSES is 0, and no dataset says how many there are: set it"
-    )
+    check_registered(cfg, names[:1])
+    classes = _class_names(names[0]) if names else None
+    if not classes:
+        raise InputError(
+            f"MODEL.{node}.NUM_CLASSES is 0, and no dataset says how many there are: set it"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL[node].NUM_CLASSES = len(classes)
+    cfg.freeze()
+    return cfg
 
 
 def compare_classes(names: Iterable[str], trained: Sequence[str] | None) -> None:
@@ -95,7 +94,9 @@ def compare_classes(names: Iterable[str], trained: Sequence[str] | None) -> None
         InputError: a dataset has the same names in another order.
     """
     for name in names if trained else ():
-        classes = _class_names(name) or trained
+        classes = _class_names(name)
+        if not classes:
+            continue
         if sorted(classes) == sorted(trained) and list(classes) != list(trained):
             raise InputError(
                 f"Dataset '{name}' has the classes of MODEL.WEIGHTS in another order: set "

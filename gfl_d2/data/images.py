@@ -25,7 +25,10 @@ from tqdm import tqdm
 from ..errors import InputError, first_line
 from ..files import atomic_write
 
-__all__ = ["ImageHeader", "cache_folder", "find_images", "read_headers", "read_image"]
+__all__ = [
+    "READ_ERRORS", "ImageHeader", "cache_folder", "find_images", "read_headers", "read_image",
+    "why_unreadable",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ _REASONS = {
     Image.UnidentifiedImageError: "it is not an image",
 }
 # Pillow raises SyntaxError for some kinds of damage in PNG files.
-_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _PLACEHOLDER = b"version https://git-lfs"
 _BATCH = 256
 
@@ -188,8 +191,8 @@ def _read_header(path: str, known: dict[str, list]) -> list | str:
             is_turned = has_exif and image.getexif().get(_ORIENTATION) in _TURNED
             size = (height, width) if is_turned else (width, height)
             return [*state, *size, is_turned, _bits(image)]
-    except _ERRORS as error:
-        return _reason(error, path)
+    except READ_ERRORS as error:
+        return why_unreadable(error, path)
 
 
 def _bits(image: Image.Image) -> int:
@@ -221,11 +224,12 @@ def read_image(path: str, format: str) -> np.ndarray:
             values = np.asarray(ImageOps.exif_transpose(image))
             image = Image.fromarray((values >> 8).astype(np.uint8))
             return detection_utils.convert_PIL_to_numpy(image, format)
-    except _ERRORS as error:
-        raise InputError(f"Cannot read image {path}: {_reason(error, path)}") from None
+    except READ_ERRORS as error:
+        raise InputError(f"Cannot read image {path}: {why_unreadable(error, path)}") from None
 
 
-def _reason(error: Exception, path: str) -> str:
+def why_unreadable(error: Exception, path: str) -> str:
+    """What is wrong with an image file, from one of READ_ERRORS."""
     if isinstance(error, Image.UnidentifiedImageError):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(len(_PLACEHOLDER)) == _PLACEHOLDER:

@@ -85,7 +85,6 @@ def register_coco_format(
         num_images=len(data.image_ids),
         num_crowds=int(data.is_crowd.sum()),
         num_images_with_boxes=len(np.unique(data.image_indices[~data.is_crowd])),
-        has_annotations=len(data.boxes) > 0,
     )
     DatasetCatalog.register(name, data.to_records)
 
