@@ -26,7 +26,10 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["gfl_d2", "gfl_d2.*"]),
     # Through a link to the folder `configs`.
-    package_data={"gfl_d2.model_zoo": ["configs/*.yaml", "configs/*/*.yaml"]},
+    package_data={
+        "gfl_d2.distributions": ["page.html"],
+        "gfl_d2.model_zoo": ["configs/*.yaml", "configs/*/*.yaml"],
+    },
     python_requires=">=3.9",
     # Not listed: detectron2, which is not on PyPI, and torch and torchvision, which must come
     # as a matching pair that pip cannot choose. An installed Detectron2 has all three.

@@ -45,6 +45,9 @@ def add_gfl_config(cfg: CN) -> None:
     # "reduce-overhead" (CUDA graphs) and so on; "" for not at all. The first images take minutes,
     # and more follow where sizes change.
     cfg.TEST.COMPILE = ""
+    # Detections also have `box_std` (pixels) and `box_entropy` (nats), of shape (N, 4): how unsure
+    # the left, top, right and bottom side are. Not with BOX_REPRESENTATION "dirac".
+    cfg.TEST.UNCERTAINTY = False
 
     # Train under autocast to bfloat16, where the CPU or GPU has it (float32 elsewhere). It needs no
     # gradient scaling, unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.

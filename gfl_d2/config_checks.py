@@ -69,6 +69,8 @@ def check_config(cfg: CfgNode) -> None:
         check_gfl_config(cfg)
     else:
         _check_general(cfg)
+        allowed = f"False for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
+        require(cfg, "TEST.UNCERTAINTY", not cfg.TEST.UNCERTAINTY, allowed)
 
 
 def check_gfl_config(cfg: CfgNode) -> None:
@@ -83,7 +85,10 @@ def check_gfl_config(cfg: CfgNode) -> None:
             require(cfg, f"MODEL.GFL.{key}", holds(gfl[key]), allowed)
     # The parts that are chosen by name check the keys of their own.
     QUALITY_REGISTRY.get(gfl.QUALITY).from_config(cfg)
-    BOX_REPRESENTATION_REGISTRY.get(gfl.BOX_REPRESENTATION).from_config(cfg)
+    box = BOX_REPRESENTATION_REGISTRY.get(gfl.BOX_REPRESENTATION).from_config(cfg)
+    allowed = f"False when MODEL.GFL.BOX_REPRESENTATION is {gfl.BOX_REPRESENTATION!r}"
+    is_known = box.has_uncertainty or not cfg.TEST.UNCERTAINTY
+    require(cfg, "TEST.UNCERTAINTY", is_known, f"{allowed}, which predicts no distribution")
     ASSIGNER_REGISTRY.get(gfl.ASSIGNER).from_config(cfg)
     _check_norm(cfg)
     key, offset = "MODEL.ANCHOR_GENERATOR.OFFSET", cfg.MODEL.ANCHOR_GENERATOR.OFFSET

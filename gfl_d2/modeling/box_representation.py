@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class BoxRepresentation(ABC):
 
     num_values: int  # V
     max_distance: float  # the largest that can be predicted
+    has_uncertainty: ClassVar[bool] = False  # whether there is an `uncertainty`
 
     @classmethod
     @abstractmethod
@@ -45,6 +47,13 @@ class BoxRepresentation(ABC):
     @abstractmethod
     def decode(self, values: Tensor) -> Tensor:
         """Distances >= 0, shape (..., 4), in float32 or better, of values of shape (..., 4 * V)."""
+
+    def uncertainty(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Standard deviation, in strides, and entropy, in nats, of the predicted distances: shape
+        (..., 4) each, in float32 or better, of values of shape (..., 4 * V).
+        """
+        raise NotImplementedError(f"{type(self).__name__} predicts no distribution")
 
     def losses(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:
         """
@@ -72,6 +81,8 @@ class GeneralDistribution(BoxRepresentation):
     bin_width: float = 1.0  # in strides
     dfl_weight: float = 0.25  # 0 for no DFL
 
+    has_uncertainty: ClassVar[bool] = True
+
     @classmethod
     def from_config(cls, cfg):
         gfl = cfg.MODEL.GFL
@@ -87,6 +98,13 @@ class GeneralDistribution(BoxRepresentation):
 
     def decode(self, values: Tensor) -> Tensor:
         return integral(values, self.reg_max) * self.bin_width
+
+    def uncertainty(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        probs = full_precision(values).unflatten(-1, (4, self.num_values)).softmax(dim=-1)
+        bins = torch.arange(self.num_values, dtype=probs.dtype, device=probs.device)
+        mean = (probs * bins).sum(dim=-1, keepdim=True)
+        variance = (probs * (bins - mean).square()).sum(dim=-1)
+        return variance.sqrt() * self.bin_width, torch.special.entr(probs).sum(dim=-1)
 
     def losses(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:
         target = (target / self.bin_width).clamp(min=0, max=self.reg_max - _DFL_TARGET_MARGIN)
@@ -129,6 +147,7 @@ class Gaussian(DiracDelta):
     kl_weight: float = 0.25
 
     num_values: ClassVar[int] = 2
+    has_uncertainty: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, cfg):
@@ -138,10 +157,16 @@ class Gaussian(DiracDelta):
         return super().decode(values.unflatten(-1, (4, 2))[..., 0])
 
     def losses(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:
-        log_variance = full_precision(values).unflatten(-1, (4, 2))[..., 1]
-        log_variance = log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
-        loss = gaussian_kl_loss(self.decode(values), log_variance, target)
+        loss = gaussian_kl_loss(self.decode(values), self._log_variance(values), target)
         return {"loss_kl": self.kl_weight * loss.mean(dim=1)}
+
+    def uncertainty(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        log_variance = self._log_variance(values)
+        return (log_variance / 2).exp(), (log_variance + math.log(2 * math.pi * math.e)) / 2
+
+    def _log_variance(self, values: Tensor) -> Tensor:
+        log_variance = full_precision(values).unflatten(-1, (4, 2))[..., 1]
+        return log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
 
 
 def build_box_representation(cfg: CfgNode) -> BoxRepresentation:

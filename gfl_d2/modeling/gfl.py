@@ -19,8 +19,9 @@ from .box_ops import distance_to_bbox
 from .criterion import GFLCriterion, collect_samples
 from .head import GFLHead
 from .locations import LocationGrid
-from .post_processing import Candidates, select_candidates, suppress
+from .post_processing import Candidates, Sides, select_candidates, suppress
 from .structures import GroundTruth, Levels, Matches, Predictions, Samples
+from .uncertainty import measure_uncertainty, scale_uncertainty
 
 __all__ = ["GFL"]
 
@@ -56,6 +57,7 @@ class GFL(DenseDetector):
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
         max_detections_per_image: int = 100,
+        test_uncertainty: bool = False,
         pixel_mean: list[float],
         pixel_std: list[float],
     ):
@@ -73,10 +75,11 @@ class GFL(DenseDetector):
             test_topk_candidates: best pairs kept on each level before NMS.
             test_nms_thresh: IoU above which NMS suppresses a box of the same class.
             max_detections_per_image: best detections kept after NMS.
+            test_uncertainty: detections have ``box_std`` and ``box_entropy``.
             pixel_mean, pixel_std: per channel, in the order of the input images.
 
         Raises:
-            ValueError: head and criterion differ in what is predicted.
+            ValueError: head and criterion differ in what is predicted, or that has no uncertainty.
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -86,6 +89,8 @@ class GFL(DenseDetector):
                 f"The head is for {head.box} and {head.quality}, the criterion for "
                 f"{criterion.box} and {criterion.quality}"
             )
+        if test_uncertainty and not head.box.has_uncertainty:
+            raise ValueError(f"{head.box} has no uncertainty")
         self.num_classes = head.num_classes
         self.grid = grid
         self.assigner = assigner
@@ -95,6 +100,7 @@ class GFL(DenseDetector):
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
+        self.test_uncertainty = test_uncertainty
 
     @classmethod
     def from_config(cls, cfg):
@@ -120,9 +126,22 @@ class GFL(DenseDetector):
             "test_topk_candidates": cfg.MODEL.GFL.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.GFL.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "test_uncertainty": cfg.TEST.UNCERTAINTY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        As :class:`DenseDetector`. With ``test_uncertainty`` the Instances of D detections also have
+        ``box_std``, shape (D, 4), the standard deviations of the left, top, right and bottom side,
+        in pixels as ``pred_boxes``, and ``box_entropy``, likewise, in nats.
+        """
+        outputs = super().forward(batched_inputs)
+        if self.test_uncertainty and not self.training:
+            for output in outputs:
+                scale_uncertainty(output["instances"])
+        return outputs
 
     def forward_training(
         self,
@@ -168,13 +187,30 @@ class GFL(DenseDetector):
 
         Returns:
             list[Instances]: per image ``pred_boxes`` (pixels of the network input), ``scores`` and
-            ``pred_classes``, by descending score.
+            ``pred_classes``, by descending score. With ``test_uncertainty`` also ``box_entropy``
+            and ``box_std``, here in widths and heights of the image: Detectron2, which resizes
+            images, scales boxes only.
         """
+        sizes = self._image_sizes(images)
+        candidates, sides = self.candidates_and_sides(Predictions(*predictions), sizes)
+        results = self.suppress(
+            candidates, images.image_sizes, sides if self.test_uncertainty else None
+        )
+        if self.test_uncertainty:
+            for detections in results:
+                measure_uncertainty(detections, self.head.box)
+        return results
+
+    def suppress(
+        self, candidates: Candidates, image_sizes: list[tuple[int, int]], sides: Sides | None = None
+    ) -> list[Instances]:
+        """NMS, as :func:`gfl_d2.modeling.post_processing.suppress`, of this model."""
         return suppress(
-            self.candidates(Predictions(*predictions), self._image_sizes(images)),
-            images.image_sizes,
+            candidates,
+            image_sizes,
             nms_thresh=self.test_nms_thresh,
             max_detections=self.max_detections_per_image,
+            sides=sides,
         )
 
     def candidates(self, predictions: Predictions, image_sizes: Tensor) -> Candidates:
@@ -185,6 +221,12 @@ class GFL(DenseDetector):
             predictions: of the head.
             image_sizes: shape (N, 2), int64, height and width in pixels, without padding.
         """
+        return self.candidates_and_sides(predictions, image_sizes)[0]
+
+    def candidates_and_sides(
+        self, predictions: Predictions, image_sizes: Tensor
+    ) -> tuple[Candidates, Sides]:
+        """As :meth:`candidates`, with what is predicted of their sides."""
         return select_candidates(
             predictions,
             self.levels(predictions, image_sizes),

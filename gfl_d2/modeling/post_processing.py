@@ -15,7 +15,7 @@ from .precision import full_precision
 from .quality import Quality
 from .structures import Levels, Predictions, take_places
 
-__all__ = ["Candidates", "select_candidates", "suppress"]
+__all__ = ["Candidates", "Sides", "select_candidates", "suppress"]
 
 
 class Candidates(NamedTuple):
@@ -24,6 +24,15 @@ class Candidates(NamedTuple):
     boxes: Tensor  # (N, K, 4), XYXY in pixels, clipped to the image
     scores: Tensor  # (N, K)
     classes: Tensor  # (N, K), int64 in [0, C)
+
+
+class Sides(NamedTuple):
+    """What is predicted of the sides of candidates: J locations, of which each has several."""
+
+    values: Tensor  # (N, J, 4 * V), of the box representation
+    centers: Tensor  # (N, J, 2), x and y in pixels
+    strides: Tensor  # (N, J, 1), in pixels
+    location: Tensor  # (N, K), int64 in [0, J), of each candidate
 
 
 def select_candidates(
@@ -35,9 +44,9 @@ def select_candidates(
     box: BoxRepresentation,
     score_thresh: float,
     topk: int,
-) -> Candidates:
+) -> tuple[Candidates, Sides]:
     """
-    The best (location, class) pairs of each level.
+    The best (location, class) pairs of each level, and what their boxes are decoded from.
 
     Args:
         predictions: of the head.
@@ -74,13 +83,15 @@ def select_candidates(
         num_before = num_before + best.shape[1]
     values, centers, strides = (torch.cat(part, dim=1) for part in zip(*locations))
     scores, classes, number = (torch.cat(part, dim=1) for part in zip(*pairs))
+    sides = Sides(values, centers, strides, number)
     boxes = distance_to_bbox(centers, box.decode(values) * strides)
     boxes = boxes.gather(1, number[..., None].expand(-1, -1, 4))
     limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
     boxes = boxes.clamp(min=0).minimum(limits)
     # Boxes that lay in the padding have no area left.
     has_area = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-    return Candidates(boxes, torch.where(has_area & (scores > score_thresh), scores, 0), classes)
+    scores = torch.where(has_area & (scores > score_thresh), scores, 0)
+    return Candidates(boxes, scores, classes), sides
 
 
 def suppress(
@@ -89,6 +100,7 @@ def suppress(
     *,
     nms_thresh: float,
     max_detections: int,
+    sides: Sides | None = None,
 ) -> list[Instances]:
     """
     NMS of each class.
@@ -98,24 +110,30 @@ def suppress(
         image_sizes: N times (height, width).
         nms_thresh: IoU above which the lower of two boxes of a class is dropped.
         max_detections: the best that are kept of each image.
+        sides: of the candidates, for the fields ``box_values`` (D, 4 * V), ``box_centers`` (D, 2)
+            and ``box_strides`` (D, 1) of D detections.
 
     Returns:
         list[Instances]: per image ``pred_boxes``, ``scores`` and ``pred_classes``, by descending
         score.
     """
     results = []
-    for size, boxes, scores, classes in zip(image_sizes, *candidates):
-        (kept,) = scores.nonzero(as_tuple=True)
-        boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
+    for i, (size, boxes, scores, classes) in enumerate(zip(image_sizes, *candidates)):
+        (found,) = scores.nonzero(as_tuple=True)
+        boxes, scores, classes = boxes[found], scores[found], classes[found]
         kept = batched_nms(boxes, scores, classes, nms_thresh)[:max_detections]
-        results.append(
-            Instances(
-                size,
-                pred_boxes=Boxes(boxes[kept]),
-                scores=scores[kept],
-                pred_classes=classes[kept],
-            )
+        result = Instances(
+            size,
+            pred_boxes=Boxes(boxes[kept]),
+            scores=scores[kept],
+            pred_classes=classes[kept],
         )
+        if sides is not None:
+            location = sides.location[i][found[kept]]
+            result.box_values = sides.values[i][location]
+            result.box_centers = sides.centers[i][location]
+            result.box_strides = sides.strides[i][location]
+        results.append(result)
     return results
 
 
