@@ -45,6 +45,7 @@ setup(
         "data": ["supervision>=0.31.2; python_version >= '3.10'"],
         "dev": ["hypothesis", "import-linter", "pytest", "ruff"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
+        "sahi": ["sahi>=0.12"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -27,7 +27,7 @@ from gfl_d2.data import (
     register_datasets,
     resolve_num_classes,
 )
-from gfl_d2.deploy import prepare_for_inference
+from gfl_d2.deploy import input_config, prepare_for_inference
 from gfl_d2.engine import Trainer, check_evaluators, check_output_folder, inference_folder
 from gfl_d2.errors import InputError, user_message
 
@@ -80,7 +80,7 @@ def run(args):
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         compare_classes(cfg.DATASETS.TEST, checkpoint.get("class_names"))
-        results = Trainer.test(cfg, prepare_for_inference(cfg, model))
+        results = Trainer.test(input_config(cfg), prepare_for_inference(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

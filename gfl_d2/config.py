@@ -49,6 +49,17 @@ def add_gfl_config(cfg: CN) -> None:
     # the left, top, right and bottom side are. Not with BOX_REPRESENTATION "dirac".
     cfg.TEST.UNCERTAINTY = False
 
+    # Detectron2's TEST.AUG keys (ENABLED, MIN_SIZES, MAX_SIZE, FLIP), of --eval-only and Predictor
+    # too. How detections of several views of an image become one: "nms" of each class, or "vote",
+    # which also averages the boxes that NMS found to be the same, weighted by score.
+    cfg.TEST.AUG.MERGE = "nms"
+    # Look at tiles of a large image too, each as at an image of its own, and merge as above: side
+    # of a tile in pixels of the image, >= 32, or 0 for none; and how much of it neighbours share,
+    # in [0, 0.5]. An object that is cut by a tile is found in another if the overlap is as wide.
+    cfg.TEST.TILES = CN()
+    cfg.TEST.TILES.SIZE = 0
+    cfg.TEST.TILES.OVERLAP = 0.2
+
     # Train under autocast to bfloat16, where the CPU or GPU has it (float32 elsewhere). It needs no
     # gradient scaling, unlike SOLVER.AMP, which is Detectron2's float16 for GPUs; not both.
     cfg.SOLVER.BF16 = False

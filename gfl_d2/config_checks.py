@@ -24,6 +24,7 @@ _CHOICES = {
     "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     "SOLVER.COMPILE": _COMPILE_MODES,
+    "TEST.AUG.MERGE": ("nms", "vote"),
     "TEST.COMPILE": _COMPILE_MODES,
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
 }
@@ -162,8 +163,19 @@ def _check_general(cfg: CfgNode) -> None:
     require(cfg, "SOLVER.BF16", not both, "False when SOLVER.AMP.ENABLED is True")
     works = cfg.TEST.PRECISION != "float16" or cfg.MODEL.DEVICE != "cpu"
     require(cfg, "TEST.PRECISION", works, "'float32' or 'bfloat16' on a CPU")
-    allowed = "False: there is no test-time augmentation for dense detectors yet"
-    require(cfg, "TEST.AUG.ENABLED", not cfg.TEST.AUG.ENABLED, allowed)
+    _check_views(cfg)
+
+
+def _check_views(cfg: CfgNode) -> None:
+    sizes, tiles = cfg.TEST.AUG.MIN_SIZES, cfg.TEST.TILES
+    are_sizes = len(sizes) > 0 and all(isinstance(x, int) and x >= 1 for x in sizes)
+    require(cfg, "TEST.AUG.MIN_SIZES", are_sizes, "a list of at least one size in pixels, >= 1")
+    require(cfg, "TEST.AUG.MAX_SIZE", cfg.TEST.AUG.MAX_SIZE >= 1, ">= 1")
+    require(cfg, "TEST.TILES.SIZE", tiles.SIZE == 0 or tiles.SIZE >= 32, "0, or >= 32")
+    require(cfg, "TEST.TILES.OVERLAP", 0 <= tiles.OVERLAP <= 0.5, "in [0, 0.5]")
+    is_one_view = not cfg.TEST.AUG.ENABLED and tiles.SIZE == 0
+    allowed = "False with TEST.AUG.ENABLED or TEST.TILES.SIZE: boxes of several views are merged"
+    require(cfg, "TEST.UNCERTAINTY", is_one_view or not cfg.TEST.UNCERTAINTY, allowed)
 
 
 def _floats(key: str, value: object) -> Iterator[tuple[str, float]]:

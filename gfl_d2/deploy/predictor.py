@@ -17,6 +17,7 @@ from ..config import choose_device
 from ..errors import InputError
 from .compilation import compile_parts
 from .fusing import fuse_norms
+from .tta import DenseDetectorWithTTA, input_config, uses_views
 
 __all__ = ["Predictor", "has_fast_bfloat16", "prepare_for_inference"]
 
@@ -54,8 +55,9 @@ class Predictor(DefaultPredictor):
         choose_device(cfg)
         # Detectron2 would load what fits of the file, and leave the rest random.
         weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
-        super().__init__(cfg)
-        self.cfg.MODEL.WEIGHTS = weights
+        super().__init__(input_config(cfg))
+        cfg.MODEL.WEIGHTS = weights
+        self.cfg = cfg
         names = GFLCheckpointer(self.model, complete=True).load(weights).get("class_names")
         metadata = getattr(self, "metadata", Metadata())
         known = metadata.get("thing_classes")
@@ -63,7 +65,7 @@ class Predictor(DefaultPredictor):
         if names and (known is None or (is_alone and list(known) != names)):
             metadata = Metadata(name=weights, thing_classes=names)
         self.metadata = metadata
-        prepare_for_inference(cfg, self.model)
+        self.model = prepare_for_inference(cfg, self.model)
 
 
 def has_fast_bfloat16(device_type: str) -> bool:
@@ -79,7 +81,9 @@ def prepare_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """
     Make a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector` faster that has its
     weights, as ``TEST.OPTIMIZE``, ``TEST.PRECISION`` and ``TEST.COMPILE`` say. It is changed in
-    place, returned in eval mode, and cannot be trained any more.
+    place, returned in eval mode, and cannot be trained any more. With ``TEST.AUG`` or
+    ``TEST.TILES`` it is returned in a :class:`DenseDetectorWithTTA`, which needs images of
+    :func:`input_config`.
     """
     model.eval()
     device_type = next(model.parameters()).device.type
@@ -94,7 +98,7 @@ def prepare_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
             part.to(dtype)
         model.backbone.register_forward_pre_hook(functools.partial(_cast_images, dtype=dtype))
     compile_parts(model, cfg.TEST.COMPILE)
-    return model
+    return DenseDetectorWithTTA(cfg, model) if uses_views(cfg) else model
 
 
 def _cast_images(_: nn.Module, inputs: tuple[Tensor], dtype: torch.dtype) -> tuple[Tensor]:
