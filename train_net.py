@@ -19,8 +19,8 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
-from gfl_d2.config import check_training_config, load_config
+from gfl_d2.checkpoint import GFLCheckpointer, find_config
+from gfl_d2.config import check_training_config
 from gfl_d2.data import (
     check_datasets,
     compare_classes,
@@ -34,15 +34,9 @@ from gfl_d2.errors import InputError, user_message
 
 def read_config(args):
     """The config of --config-file, or else of the checkpoint to evaluate."""
-    if args.config_file:
-        return load_config(args.config_file, args.opts)
-    weights = dict(zip(args.opts[::2], args.opts[1::2])).get("MODEL.WEIGHTS")
-    if not (args.eval_only and weights):
-        raise InputError(
-            "Give --config-file. Only --eval-only does without, if MODEL.WEIGHTS names a "
-            "checkpoint that carries its config"
-        )
-    return load_checkpoint_config(weights, args.opts)
+    if not args.config_file and not args.eval_only:
+        raise InputError("Give --config-file: only --eval-only can do without")
+    return find_config(args.config_file, args.opts)
 
 
 def setup(args):

@@ -18,11 +18,14 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .config import parse_config
+from .config import load_config, parse_config
 from .errors import InputError, first_line, name_some
 from .files import atomic_write
 
-__all__ = ["GFLCheckpointer", "describe_model", "describe_problems", "load_checkpoint_config"]
+__all__ = [
+    "GFLCheckpointer", "describe_model", "describe_problems", "find_config",
+    "load_checkpoint_config",
+]  # fmt: skip
 
 # Parameters that depend on the number of classes: fine-tuning on other data starts them anew.
 _CLASS_DEPENDENT = re.compile(r"^head\.cls_score\.")
@@ -227,6 +230,21 @@ def load_checkpoint_config(path: str | os.PathLike, opts: Sequence[str] = ()) ->
             "Predictor(cfg) with the file as cfg.MODEL.WEIGHTS"
         )
     return parse_config(text, path, opts)
+
+
+def find_config(config_file: str | None, opts: Sequence[str]) -> CfgNode:
+    """
+    The config of a file, or else that of the checkpoint which ``MODEL.WEIGHTS`` names in the
+    ``KEY VALUE`` pairs. Raises InputError as :func:`load_checkpoint_config`, and if there is none.
+    """
+    weights = dict(zip(opts[::2], opts[1::2])).get("MODEL.WEIGHTS")
+    if config_file:
+        return load_config(config_file, opts)
+    if not weights:
+        raise InputError(
+            "Give --config-file, or MODEL.WEIGHTS with a checkpoint that carries its config"
+        )
+    return load_checkpoint_config(weights, opts)
 
 
 def _get_local_path(path: str) -> str:

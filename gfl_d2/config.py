@@ -154,6 +154,8 @@ def add_gfl_config(cfg: CN) -> None:
     cfg.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
     # IoU above which NMS suppresses a box of the same class, in [0, 1].
     cfg.MODEL.GFL.NMS_THRESH_TEST = 0.6
+    # NMS also suppresses boxes of other classes: one box for each object, True or False.
+    cfg.MODEL.GFL.NMS_CLASS_AGNOSTIC = False
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:

@@ -1,4 +1,4 @@
-"""Pictures of ground truth beside detections."""
+"""Pictures of detections, alone or beside ground truth."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
+from PIL import Image
 from tqdm import tqdm
 
-from .data import read_image
+from .data import read_image, to_array
 from .errors import InputError, name_some
 from .lettering import choose_letters
 from .results import load_results
 
 __all__ = [
-    "check_picture_path", "draw_comparison", "draw_results", "read_images", "save_picture",
+    "check_picture_path", "draw_comparison", "draw_detections", "draw_results", "read_images",
+    "save_picture",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -202,6 +204,34 @@ def draw_comparison(
     return np.concatenate([left, gap, right], axis=1)
 
 
+def draw_detections(
+    image: str | Path | Image.Image | np.ndarray, detections: Instances, metadata: Metadata
+) -> Image.Image:
+    """
+    Draw detections with their scores on their image, which is given as to
+    :func:`gfl_d2.data.to_array`. ``metadata`` has the ``thing_classes``, if they are known.
+
+    Returns:
+        RGB, of the image's own size. A notebook shows it.
+
+    Raises:
+        InputError: the image cannot be read, or has another size than that of the detections.
+    """
+    pixels = to_array(image, "RGB")
+    if pixels.shape[:2] != detections.image_size:
+        sizes = f"{detections.image_size}, not {pixels.shape[:2]} as this one"
+        raise InputError(f"The detections are of an image of height and width {sizes}")
+    boxes, scores = detections.pred_boxes.to("cpu"), detections.scores.tolist()
+    classes = detections.pred_classes.tolist()
+    names = [str(name) for name in metadata.get("thing_classes") or ()]
+    families, letters = choose_letters(names, _NAME_LENGTH)
+    labels = [f"{letters[names[c]] if names else c} {s:.2f}" for c, s in zip(classes, scores)]
+    visualizer, colors = Visualizer(pixels), [_color(c) for c in classes]
+    visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
+    _set_fonts(visualizer.output, families)
+    return Image.fromarray(visualizer.output.get_image())
+
+
 def _to_instances(results: list[dict], image_size: tuple[int, int], ids: dict) -> Instances:
     """
     Detections of one image, from COCO's result format. ``image_size`` is (height, width), ``ids``
@@ -249,12 +279,16 @@ def _draw_boxes(
     bar.ax.text(6, 20, title, size=10)
     pictures = []
     for part in (bar, visualizer.output):
-        for text in part.ax.texts:
-            text.set_fontfamily(families)
-            text.set_parse_math(False)  # a $ is a dollar
-            text.set_usetex(False)
+        _set_fonts(part, families)
         pictures.append(part.get_image())
     return np.concatenate(pictures)
+
+
+def _set_fonts(picture: VisImage, families: list[str]) -> None:
+    for text in picture.ax.texts:
+        text.set_fontfamily(families)
+        text.set_parse_math(False)  # a $ is a dollar
+        text.set_usetex(False)
 
 
 def _color(index: int) -> tuple[float, float, float]:

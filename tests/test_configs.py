@@ -193,6 +193,7 @@ def test_schedules_of_the_published_models():
         ("SCORE_THRESH_TEST", 1.0),
         ("TOPK_CANDIDATES_TEST", 0),
         ("NMS_THRESH_TEST", 1.5),
+        ("NMS_CLASS_AGNOSTIC", 1),
     ],
 )
 def test_bad_values_name_their_key(key, value):
@@ -341,6 +342,7 @@ def test_values_reach_the_model():
             *("MODEL.GFL.QFL_BETA", 2.5, "MODEL.GFL.PRIOR_PROB", 0.05, "MODEL.GFL.NORM", ""),
             *("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "TEST.DETECTIONS_PER_IMAGE", 7),
             *("MODEL.GFL.SCORE_THRESH_TEST", 0.3, "MODEL.GFL.NMS_THRESH_TEST", 0.4),
+            *("MODEL.GFL.NMS_CLASS_AGNOSTIC", True),
         )
     )
     assert model.head.bbox_pred.out_channels == 4 * 8
@@ -350,6 +352,7 @@ def test_values_reach_the_model():
     torch.testing.assert_close(model.head.cls_score.bias.sigmoid(), torch.full((3,), 0.05))
     assert (model.test_score_thresh, model.test_nms_thresh) == (0.3, 0.4)
     assert model.max_detections_per_image == 7
+    assert model.test_nms_class_agnostic
     levels = levels_of(model)
     assert (levels.strides[0], levels.first[0], levels.anchor_sizes[0]) == (8, 4, 48)
 

@@ -257,14 +257,6 @@ def test_predictor_detects_as_detectron2s(image_format):
     assert_close(detections.scores, expected.scores, rtol=1e-4, atol=1e-6)
 
 
-def test_predictor_refuses_other_formats():
-    cfg = load("gfl_R_18_FPN_bccd").clone()
-    cfg.defrost()
-    cfg.INPUT.FORMAT = "L"
-    with pytest.raises(InputError, match=r"INPUT\.FORMAT must be 'BGR' or 'RGB' .* got 'L'"):
-        Predictor(cfg)
-
-
 def test_predictor_loads_all_or_nothing(tmp_path):
     """Detectron2's would leave the classifier random, and say so in the log."""
     path = str(tmp_path / "two.pth")

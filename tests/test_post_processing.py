@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from detectron2.structures import ImageList
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torchvision.ops import nms
 
+from gfl_d2.modeling.post_processing import Candidates, suppress
 from models import STRIDES, gfl_on_features
 
 NUM_CLASSES = 3
@@ -83,6 +85,21 @@ def test_equals_the_plain_form(seed, size, thresh, topk, limit, bias):
         assert_close(detections.scores, torch.tensor([score for score, *_ in expected]))
         boxes = torch.stack([box for *_, box in expected]) if expected else torch.empty(0, 4)
         assert_close(detections.pred_boxes.tensor, boxes, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("class_agnostic", "kept"), [(False, [0, 1, 3]), (True, [0, 3])])
+def test_boxes_of_other_classes(class_agnostic, kept):
+    """Boxes 0, 1 and 2 overlap by an IoU of 0.9. Box 0 is of another class than 1 and 2."""
+    boxes = [[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 9, 10], [20, 0, 30, 10]]
+    scores, classes = [0.9, 0.8, 0.7, 0.6], [0, 1, 1, 1]
+    candidates = Candidates(
+        torch.tensor([boxes], dtype=torch.float32), torch.tensor([scores]), torch.tensor([classes])
+    )
+    (detections,) = suppress(
+        candidates, [(20, 40)], nms_thresh=0.6, max_detections=9, class_agnostic=class_agnostic
+    )
+    assert detections.pred_boxes.tensor.tolist() == [boxes[i] for i in kept]
+    assert detections.pred_classes.tolist() == [classes[i] for i in kept]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
 
 from gfl_d2.data import register_coco_format
 from gfl_d2.errors import InputError
@@ -13,6 +14,7 @@ from gfl_d2.results import find_results
 from gfl_d2.visualization import (
     check_picture_path,
     draw_comparison,
+    draw_detections,
     draw_results,
     read_images,
     save_picture,
@@ -358,3 +360,28 @@ def test_picture_that_cannot_be_written(tmp_path, name):
 def test_picture_too_large_for_its_format(tmp_path):
     with pytest.raises(InputError, match=r"a\.jpg', 1 x 70000 pixels: "):
         save_picture(tmp_path / "a.jpg", grey(70000, 1))
+
+
+def test_detections_on_their_image(tmp_path):
+    """A blue picture, however it is given; boxes are where they belong, and named."""
+    image = np.zeros((230, 321, 3), np.uint8)
+    image[..., 0] = 200
+    found = detections(image, [[100, 60, 220, 190]], [0.9], [1])
+    picture = draw_detections(image, found, NAMES)
+    assert (picture.mode, picture.size) == ("RGB", (321, 230))
+    ys, xs = np.nonzero((np.asarray(picture) != (0, 0, 200)).any(axis=2))
+    # The label stands on the upper side.
+    assert np.abs(np.array([xs.min(), xs.max(), ys.max()]) - [100, 220, 190]).max() <= 3
+    assert 30 < ys.min() < 60
+    cv2.imwrite(str(tmp_path / "blue.png"), image)
+    for same in (tmp_path / "blue.png", Image.fromarray(image[..., ::-1])):
+        assert draw_detections(same, found, NAMES) == picture
+    unnamed = Metadata(name="unnamed")
+    assert draw_detections(image, found, unnamed) != picture
+    nothing = draw_detections(image, found[found.scores > 0.95], NAMES)
+    assert (np.asarray(nothing) == (0, 0, 200)).all()
+
+
+def test_detections_of_another_image():
+    with pytest.raises(InputError, match=r"\(420, 500\), not \(420, 499\)"):
+        draw_detections(grey(width=499), detections(grey(), [], [], []), NAMES)

@@ -9,5 +9,5 @@ from .checks import (
 from .coco_data import CocoData
 from .dataset_mapper import GFLDatasetMapper
 from .from_config import register_datasets
-from .images import read_image
+from .images import read_image, to_array
 from .registration import read_coco, register_coco_format

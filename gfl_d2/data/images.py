@@ -27,7 +27,7 @@ from ..files import atomic_write
 
 __all__ = [
     "READ_ERRORS", "ImageHeader", "cache_folder", "find_images", "read_headers", "read_image",
-    "why_unreadable",
+    "to_array", "why_unreadable",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -216,16 +216,61 @@ def read_image(path: str, format: str) -> np.ndarray:
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            bits = _bits(image)
-            if bits == 8:
+            if _bits(image) == 8:
                 return detection_utils.read_image(path, format=format)
-            if bits == 32:
-                raise ValueError("it has 32 bits per pixel: save it with 8 or 16")
-            values = np.asarray(ImageOps.exif_transpose(image))
-            image = Image.fromarray((values >> 8).astype(np.uint8))
-            return detection_utils.convert_PIL_to_numpy(image, format)
+            return _convert(ImageOps.exif_transpose(image), format, _bits(image))
     except READ_ERRORS as error:
         raise InputError(f"Cannot read image {path}: {why_unreadable(error, path)}") from None
+
+
+def to_array(image: str | os.PathLike | Image.Image | np.ndarray, format: str) -> np.ndarray:
+    """
+    An image, however it is given, in one of the formats of :func:`read_image`.
+
+    Args:
+        image: a path, read by :func:`read_image`; a PIL image of any mode, as it is (not turned by
+            its EXIF data); or an array as of OpenCV, uint8 or uint16, of shape (H, W) or (H, W, 1),
+            which is grey, (H, W, 3), which is BGR, or (H, W, 4), which is BGRA.
+        format: a mode of PIL, "BGR" or "YUV-BT.601".
+
+    Returns:
+        ndarray: shape (H, W, C), uint8 but for "YUV-BT.601".
+
+    Raises:
+        InputError: the file cannot be read, or it is none of these kinds of image.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(os.fspath(image), format)
+    if isinstance(image, np.ndarray):
+        image = _from_opencv(image)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"An image is a path, a PIL image or an array, not {type(image).__name__}")
+    try:
+        return _convert(image, format, _bits(image))
+    except READ_ERRORS as error:  # the file of a PIL image is read only now
+        raise InputError(f"Cannot read a PIL image: {why_unreadable(error, '')}") from None
+
+
+def _from_opencv(array: np.ndarray) -> Image.Image:
+    is_image = array.dtype in (np.uint8, np.uint16) and array.ndim in (2, 3) and array.size > 0
+    if not is_image or array.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise InputError(
+            "An image as an array is uint8 or uint16, of shape (H, W) or (H, W, 1, 3 or 4), not "
+            f"{array.dtype} of shape {array.shape}"
+        )
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    if array.ndim == 3:
+        array = array[..., 0] if array.shape[2] == 1 else array[..., [2, 1, 0, 3][: array.shape[2]]]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _convert(image: Image.Image, format: str, bits: int) -> np.ndarray:
+    if bits == 32:
+        raise ValueError("it has 32 bits per pixel: save it with 8 or 16")
+    if bits == 16:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return detection_utils.convert_PIL_to_numpy(image, format)
 
 
 def why_unreadable(error: Exception, path: str) -> str:

@@ -12,7 +12,12 @@ _CHUNK = 1000  # boxes that are compared with all others at a time, to bound the
 
 
 def merge_detections(
-    detections: Instances, *, how: str, nms_thresh: float, max_detections: int
+    detections: Instances,
+    *,
+    how: str,
+    nms_thresh: float,
+    max_detections: int,
+    class_agnostic: bool = False,
 ) -> Instances:
     """
     Args:
@@ -25,6 +30,7 @@ def merge_detections(
             weighted by their scores (Gidaris and Komodakis, ICCV 2015). Its score stays.
         nms_thresh: IoU above which the lower of two boxes of a class is dropped.
         max_detections: the best that are kept.
+        class_agnostic: of NMS, see :func:`gfl_d2.modeling.post_processing.suppress`.
 
     Returns:
         Instances: ``pred_boxes``, ``scores`` and ``pred_classes``, by descending score.
@@ -38,6 +44,7 @@ def merge_detections(
         [detections.image_size],
         nms_thresh=nms_thresh,
         max_detections=max_detections,
+        class_agnostic=class_agnostic,
     )
     if how == "vote" and len(merged):
         # Each box agrees with itself, if the threshold is 1 too.

@@ -56,6 +56,7 @@ class GFL(DenseDetector):
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
+        test_nms_class_agnostic: bool = False,
         max_detections_per_image: int = 100,
         test_uncertainty: bool = False,
         pixel_mean: list[float],
@@ -74,6 +75,7 @@ class GFL(DenseDetector):
             test_score_thresh: only (location, class) pairs that score higher are kept.
             test_topk_candidates: best pairs kept on each level before NMS.
             test_nms_thresh: IoU above which NMS suppresses a box of the same class.
+            test_nms_class_agnostic: it also suppresses boxes of other classes.
             max_detections_per_image: best detections kept after NMS.
             test_uncertainty: detections have ``box_std`` and ``box_entropy``.
             pixel_mean, pixel_std: per channel, in the order of the input images.
@@ -99,6 +101,7 @@ class GFL(DenseDetector):
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
+        self.test_nms_class_agnostic = test_nms_class_agnostic
         self.max_detections_per_image = max_detections_per_image
         self.test_uncertainty = test_uncertainty
 
@@ -125,6 +128,7 @@ class GFL(DenseDetector):
             "test_score_thresh": cfg.MODEL.GFL.SCORE_THRESH_TEST,
             "test_topk_candidates": cfg.MODEL.GFL.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.GFL.NMS_THRESH_TEST,
+            "test_nms_class_agnostic": cfg.MODEL.GFL.NMS_CLASS_AGNOSTIC,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "test_uncertainty": cfg.TEST.UNCERTAINTY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -210,6 +214,7 @@ class GFL(DenseDetector):
             image_sizes,
             nms_thresh=self.test_nms_thresh,
             max_detections=self.max_detections_per_image,
+            class_agnostic=self.test_nms_class_agnostic,
             sides=sides,
         )
 

@@ -100,16 +100,18 @@ def suppress(
     *,
     nms_thresh: float,
     max_detections: int,
+    class_agnostic: bool = False,
     sides: Sides | None = None,
 ) -> list[Instances]:
     """
-    NMS of each class.
+    NMS of each class, or of all together.
 
     Args:
         candidates: of N images.
         image_sizes: N times (height, width).
         nms_thresh: IoU above which the lower of two boxes of a class is dropped.
         max_detections: the best that are kept of each image.
+        class_agnostic: also drop it if the two are of different classes.
         sides: of the candidates, for the fields ``box_values`` (D, 4 * V), ``box_centers`` (D, 2)
             and ``box_strides`` (D, 1) of D detections.
 
@@ -121,7 +123,8 @@ def suppress(
     for i, (size, boxes, scores, classes) in enumerate(zip(image_sizes, *candidates)):
         (found,) = scores.nonzero(as_tuple=True)
         boxes, scores, classes = boxes[found], scores[found], classes[found]
-        kept = batched_nms(boxes, scores, classes, nms_thresh)[:max_detections]
+        groups = torch.zeros_like(classes) if class_agnostic else classes
+        kept = batched_nms(boxes, scores, groups, nms_thresh)[:max_detections]
         result = Instances(
             size,
             pred_boxes=Boxes(boxes[kept]),
