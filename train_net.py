@@ -35,7 +35,7 @@ from gfl_d2.errors import InputError, user_message
 def read_config(args):
     """The config of --config-file, or else of the checkpoint to evaluate."""
     if not args.config_file and not args.eval_only:
-        raise InputError("Give --config-file: only --eval-only can do without")
+        raise InputError("Give --config-file. Only --eval-only can do without")
     return find_config(args.config_file, args.opts)
 
 

@@ -242,7 +242,8 @@ def find_config(config_file: str | None, opts: Sequence[str]) -> CfgNode:
         return load_config(config_file, opts)
     if not weights:
         raise InputError(
-            "Give --config-file, or MODEL.WEIGHTS with a checkpoint that carries its config"
+            "Give --config-file. Only with MODEL.WEIGHTS of a checkpoint that carries its config "
+            "it may be left out"
         )
     return load_checkpoint_config(weights, opts)
 

@@ -173,7 +173,7 @@ def test_mistakes(monkeypatch, weights, photos, video, tmp_path, arguments, mess
     ("arguments", "message"),
     [
         (["--confidence-threshold", "1.0"], "--confidence-threshold must be in [0, 1), not 1.0"),
-        ([], "Give --config-file, or MODEL.WEIGHTS"),
+        ([], "Give --config-file. Only with MODEL.WEIGHTS"),
         (["--opts", "MODEL.WEIGHTS", "gone.pth"], "Weights file gone.pth does not exist"),
     ],
 )

@@ -30,7 +30,7 @@ def merge_detections(
             weighted by their scores (Gidaris and Komodakis, ICCV 2015). Its score stays.
         nms_thresh: IoU above which the lower of two boxes of a class is dropped.
         max_detections: the best that are kept.
-        class_agnostic: of NMS, see :func:`gfl_d2.modeling.post_processing.suppress`.
+        class_agnostic: NMS also drops it if the two are of different classes.
 
     Returns:
         Instances: ``pred_boxes``, ``scores`` and ``pred_classes``, by descending score.

@@ -116,7 +116,7 @@ class DenseDetectorWithTTA(nn.Module):
             how=self.merge,
             nms_thresh=self.model.test_nms_thresh,
             max_detections=self.model.max_detections_per_image,
-            # Only GFL has it.
+            # Detectron2's own dense detectors lack it.
             class_agnostic=getattr(self.model, "test_nms_class_agnostic", False),
         )
         height, width = inputs.get("height", size[0]), inputs.get("width", size[1])

@@ -214,8 +214,8 @@ class GFL(DenseDetector):
             image_sizes,
             nms_thresh=self.test_nms_thresh,
             max_detections=self.max_detections_per_image,
-            class_agnostic=self.test_nms_class_agnostic,
             sides=sides,
+            class_agnostic=self.test_nms_class_agnostic,
         )
 
     def candidates(self, predictions: Predictions, image_sizes: Tensor) -> Candidates:
