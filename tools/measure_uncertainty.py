@@ -21,8 +21,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
-from gfl_d2.config import load_config
+from gfl_d2.checkpoint import GFLCheckpointer, find_config
 from gfl_d2.data import GFLDatasetMapper, loading, register_datasets
 from gfl_d2.deploy import prepare_for_inference
 from gfl_d2.distributions import ground_truth
@@ -39,13 +38,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="picture to write")
     parser.add_argument("--confidence-threshold", type=float, default=0.3)
     args = parse_arguments(parser)
-    opts = [*args.opts, "TEST.UNCERTAINTY", True]
+    opts = [*args.opts, "TEST.UNCERTAINTY", "True", "MODEL.WEIGHTS", args.weights]
     try:
         check_picture_path(args.output)
-        if args.config_file:
-            cfg = load_config(args.config_file, [*opts, "MODEL.WEIGHTS", args.weights])
-        else:
-            cfg = load_checkpoint_config(args.weights, opts)
+        cfg = find_config(args.config_file, opts)
         if not cfg.DATASETS.TEST:
             raise InputError("DATASETS.TEST names no dataset")
         errors = collect_errors(detect_all(cfg, args.weights, args.confidence_threshold))

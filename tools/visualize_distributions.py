@@ -22,8 +22,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
-from gfl_d2.checkpoint import GFLCheckpointer, load_checkpoint_config
-from gfl_d2.config import load_config
+from gfl_d2.checkpoint import GFLCheckpointer, find_config
 from gfl_d2.data import GFLDatasetMapper, loading, read_image, register_datasets
 from gfl_d2.deploy import prepare_for_inference
 from gfl_d2.distributions import (
@@ -65,11 +64,7 @@ def run(args: argparse.Namespace) -> None:
         check_picture_path(args.output)
     if args.html and not Path(args.html).parent.is_dir():
         raise InputError(f"--html {args.html}: its folder does not exist")
-    opts = [*args.opts, "MODEL.WEIGHTS", args.weights]
-    if args.config_file:
-        cfg = load_config(args.config_file, opts)
-    else:
-        cfg = load_checkpoint_config(args.weights, args.opts)
+    cfg = find_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", args.weights])
     record = find_record(cfg, args.dataset, args.input)
     image = read_image(record["file_name"], format="RGB")
     inputs = GFLDatasetMapper(cfg, is_train=False)(record)

@@ -127,7 +127,7 @@ def plot_errors(errors: SideErrors, title: str) -> Figure:
 
 
 def _groups(errors: SideErrors) -> dict[str, np.ndarray]:
-    return {"all detections": errors.is_matched | True, "matched ones": errors.is_matched}
+    return {"all detections": np.ones_like(errors.is_matched), "matched ones": errors.is_matched}
 
 
 def _confidences(errors: SideErrors) -> dict[str, np.ndarray]:
