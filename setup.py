@@ -28,6 +28,7 @@ setup(
     # Through a link to the folder `configs`.
     package_data={
         "gfl_d2.distributions": ["page.html"],
+        "gfl_d2.result_analysis": ["page.html"],
         "gfl_d2.model_zoo": ["configs/*.yaml", "configs/*/*.yaml"],
     },
     python_requires=">=3.9",
@@ -42,6 +43,7 @@ setup(
         "pycocotools",
     ],
     extras_require={
+        "calibration": ["scikit-learn"],
         "data": ["supervision>=0.31.2; python_version >= '3.10'"],
         "dev": ["hypothesis", "import-linter", "pytest", "ruff"],
         "export": ["onnx", "onnxruntime", "onnxscript"],

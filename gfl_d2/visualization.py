@@ -26,7 +26,7 @@ from .results import load_results
 
 __all__ = [
     "check_picture_path", "draw_comparison", "draw_detections", "draw_results", "read_images",
-    "save_picture",
+    "save_picture", "stack_rows",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def draw_results(
     for record, image in tqdm(read_images(records[skip:], num_images), desc="Drawing", delay=2):
         detections = _to_instances(by_image[record["image_id"]], image.shape[:2], ids)
         rows.append(draw_comparison(image, record, detections, metadata, score_thresh))
-    return _stack_rows(rows)
+    return stack_rows(rows)
 
 
 def read_images(records: Iterable[dict], count: int) -> Iterator[tuple[dict, np.ndarray]]:
@@ -166,6 +166,7 @@ def draw_comparison(
     predictions: Instances,
     metadata: Metadata,
     score_thresh: float = 0.5,
+    title: str = "",
 ) -> np.ndarray:
     """
     Draw ground truth, on the left, beside detections with their scores, on the right. A class has
@@ -177,6 +178,7 @@ def draw_comparison(
         predictions: Instances with ``pred_boxes``, ``scores`` and ``pred_classes``, likewise.
         metadata: its ``thing_classes`` name the classes; without them they are numbered.
         score_thresh: detections that score lower are left out.
+        title: of the right side, by default how much its detections score.
 
     Returns:
         ndarray: as ``image_rgb``, of another size. Small images are enlarged, huge ones reduced.
@@ -198,7 +200,7 @@ def draw_comparison(
 
     kept = predictions[predictions.scores >= score_thresh].to("cpu")
     notes = [f" {score:.2f}" for score in kept.scores.tolist()]
-    title = f"detections that score {score_thresh:g} or more"
+    title = title or f"detections that score {score_thresh:g} or more"
     right = draw(title, kept.pred_boxes.tensor, kept.pred_classes.tolist(), notes)
     gap = np.full((left.shape[0], _GAP, 3), _WHITE, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
@@ -246,7 +248,7 @@ def _to_instances(results: list[dict], image_size: tuple[int, int], ids: dict) -
     )
 
 
-def _stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
+def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures, (Hi, Wi, 3), below each other, the narrower ones filled up with white."""
     width = max(row.shape[1] for row in rows)
     margins = [((0, _GAP), (0, width - row.shape[1]), (0, 0)) for row in rows]

@@ -369,7 +369,9 @@ def test_setup_metadata(monkeypatch):
     # pip must not choose these for users who have their own.
     required = {Requirement(line).name for line in metadata["install_requires"]}
     assert not required & {"torch", "torchvision", "detectron2"}
-    assert set(metadata["extras_require"]) == {"data", "dev", "export", "sahi"}
+    assert set(metadata["extras_require"]) == {
+        "calibration", "data", "dev", "export", "sahi",
+    }  # fmt: skip
 
 
 def test_make_help_lists_every_target():

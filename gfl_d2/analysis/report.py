@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from tabulate import tabulate
 
 from ..errors import name_some
+from ..tables import format_table
 from .analysis import Analysis
 
 __all__ = ["format_report"]
 
-# Longer tables are cut: the JSON file has all.
-_MAX_ROWS = 15
 _MAX_SUSPICIOUS = 5
 
 
@@ -24,15 +22,7 @@ def format_report(analysis: Analysis) -> str:
     tables = [facts["images"], facts["classes"], facts["levels"], _findings(facts)]
     worst = [{**x, "reasons": ", ".join(x["reasons"])} for x in facts["suspicious"]]
     tables += [worst[:_MAX_SUSPICIOUS]] if worst else []
-    return "\n\n".join([note, *map(_table, tables), *_advice(analysis)])
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    names = {key: key.replace("_", " ") for key in rows[0]}
-    if len(rows) > _MAX_ROWS:
-        more = dict.fromkeys(names, "") | {next(iter(names)): f"({len(rows) - _MAX_ROWS} more)"}
-        rows = [*rows[: _MAX_ROWS - 5], more, *rows[-5:]]
-    return tabulate(rows, names, tablefmt="pipe", floatfmt=".3g", missingval="–")
+    return "\n\n".join([note, *map(format_table, tables), *_advice(analysis)])
 
 
 def _findings(facts: dict) -> list[dict[str, Any]]:

@@ -10,14 +10,9 @@ from collections.abc import Iterable, Sequence
 from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
-from pycocotools.coco import COCO
 
+from ..coco_evaluation import COCOeval, evaluate_boxes, max_detections
 from ..errors import InputError
-
-try:
-    from faster_coco_eval import COCOeval_faster as COCOeval
-except ImportError:  # no wheel for every system: ten times slower
-    from detectron2.evaluation.coco_evaluation import COCOevalMaxDets as COCOeval
 
 __all__ = ["BoxEvaluator", "build_evaluator", "check_evaluators"]
 
@@ -63,7 +58,7 @@ def build_evaluator(
         return evaluation.LVISEvaluator(name, output_dir=output_folder)
     if kind == "pascal_voc":
         return evaluation.PascalVOCDetectionEvaluator(name)
-    return BoxEvaluator(name, output_folder, max(100, max_dets_per_image))
+    return BoxEvaluator(name, output_folder, max_detections(max_dets_per_image))
 
 
 class BoxEvaluator(evaluation.COCOEvaluator):
@@ -109,39 +104,11 @@ class BoxEvaluator(evaluation.COCOEvaluator):
         self._results["bbox"] = self._derive_coco_results(coco_eval, "bbox", class_names=names)
 
     def _evaluate_boxes(self, img_ids: Sequence | None) -> COCOeval:
-        # Image ids must be numbers for the C++ code; their order decides between equal scores. An
-        # annotation of id 0 would match nothing. Categories have the order of the classes' names.
         data = self._coco_api.dataset
-        ids = sorted(self._coco_api.imgs, key=lambda i: (type(i).__name__, i))
-        images = {image_id: i for i, image_id in enumerate(ids)}
         classes = self._metadata.get("thing_dataset_id_to_contiguous_id")
         classes = classes or {category["id"]: category["id"] for category in data["categories"]}
-        truth, results = (
-            [
-                {
-                    **box,
-                    "id": i,
-                    "image_id": images[box["image_id"]],
-                    "category_id": classes[box["category_id"]],
-                }
-                for i, box in enumerate(boxes, start=1)
-                if box["image_id"] in images and box["category_id"] in classes
-            ]
-            for boxes in (data["annotations"], self._coco_results)
-        )
-        api = COCO()
-        api.dataset = {
-            "images": [{"id": i} for i in images.values()],
-            "annotations": truth,
-            "categories": [{"id": i, "name": str(i)} for i in sorted(classes.values())],
-        }
-        api.createIndex()
-        coco_eval = COCOeval(api, api.loadRes(results), "bbox")
-        coco_eval.params.maxDets = self._max_dets_per_image
-        if img_ids is not None:
-            coco_eval.params.imgIds = [images[image_id] for image_id in img_ids]
-        coco_eval.evaluate()
-        coco_eval.accumulate()
+        limits = self._max_dets_per_image
+        coco_eval = evaluate_boxes(data, self._coco_results, classes, limits, img_ids)
         coco_eval.summarize()
         return coco_eval
 
