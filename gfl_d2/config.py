@@ -48,6 +48,10 @@ def add_gfl_config(cfg: CN) -> None:
     # Detections also have `box_std` (pixels) and `box_entropy` (nats), of shape (N, 4): how unsure
     # the left, top, right and bottom side are. Not with BOX_REPRESENTATION "dirac".
     cfg.TEST.UNCERTAINTY = False
+    # File that tools/analyze_results.py --fit wrote: maps the scores of detections, after NMS and
+    # all thresholds of MODEL.GFL, which are of the scores before it; "" for none. A checkpoint
+    # keeps the path alone.
+    cfg.TEST.CALIBRATION = ""
 
     # Detectron2's TEST.AUG keys (ENABLED, MIN_SIZES, MAX_SIZE, FLIP), of --eval-only and Predictor
     # too. How detections of several views of an image become one: "nms" of each class, or "vote",

@@ -1,8 +1,10 @@
 """Checks of config values, so that a mistake is one line at the start."""
 
+from __future__ import annotations
+
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +14,14 @@ from detectron2.layers import get_norm
 from PIL import Image
 from torch import nn
 
+from .calibration import Calibration, load_calibration
 from .errors import InputError
 from .registry import ASSIGNER_REGISTRY, BOX_REPRESENTATION_REGISTRY, QUALITY_REGISTRY
 
-__all__ = ["check_config", "check_gfl_config", "check_training_config", "get_value", "require"]
+__all__ = [
+    "check_calibration", "check_config", "check_gfl_config", "check_training_config", "get_value",
+    "read_calibration", "require",
+]  # fmt: skip
 
 _COMPILE_MODES = (
     "", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -72,6 +78,8 @@ def check_config(cfg: CfgNode) -> None:
         _check_general(cfg)
         allowed = f"False for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
         require(cfg, "TEST.UNCERTAINTY", not cfg.TEST.UNCERTAINTY, allowed)
+        allowed = allowed.replace("False", "''")
+        require(cfg, "TEST.CALIBRATION", not cfg.TEST.CALIBRATION, allowed)
 
 
 def check_gfl_config(cfg: CfgNode) -> None:
@@ -91,6 +99,11 @@ def check_gfl_config(cfg: CfgNode) -> None:
     is_known = box.has_uncertainty or not cfg.TEST.UNCERTAINTY
     require(cfg, "TEST.UNCERTAINTY", is_known, f"{allowed}, which predicts no distribution")
     ASSIGNER_REGISTRY.get(gfl.ASSIGNER).from_config(cfg)
+    calibration = read_calibration(cfg)
+    if calibration and gfl.NUM_CLASSES:
+        number = len(calibration.thing_classes)
+        allowed = f"of {gfl.NUM_CLASSES} classes, as MODEL.GFL.NUM_CLASSES, and has {number}"
+        require(cfg, "TEST.CALIBRATION", number == gfl.NUM_CLASSES, allowed)
     _check_norm(cfg)
     key, offset = "MODEL.ANCHOR_GENERATOR.OFFSET", cfg.MODEL.ANCHOR_GENERATOR.OFFSET
     allowed = "0.0 when MODEL.GFL.LEGACY_ANCHOR_CENTERS is True"
@@ -101,6 +114,32 @@ def check_gfl_config(cfg: CfgNode) -> None:
         require(cfg, f"MODEL.{key}", not cfg.MODEL[key], "False: GFL does not have it")
     allowed = "0: GFL draws no pictures in training (tools/visualize_results.py does, of results)"
     require(cfg, "VIS_PERIOD", cfg.VIS_PERIOD == 0, allowed)
+
+
+def read_calibration(cfg: CfgNode) -> Calibration | None:
+    """The file of ``TEST.CALIBRATION``, if any. Raises InputError if it is missing or not sound."""
+    if not cfg.TEST.CALIBRATION:
+        return None
+    try:
+        return load_calibration(cfg.TEST.CALIBRATION)
+    except InputError as error:
+        raise InputError(
+            f"TEST.CALIBRATION: {error}. TEST.CALIBRATION \"''\" does without it"
+        ) from None
+
+
+def check_calibration(cfg: CfgNode, class_names: Sequence[str] | None, whose: str) -> None:
+    """
+    Raises:
+        InputError: the file of ``TEST.CALIBRATION`` is of other classes than these of ``whose``, a
+            model or dataset. None: they are not known.
+    """
+    calibration = read_calibration(cfg)
+    if calibration and class_names:
+        try:
+            calibration.check_classes(class_names, whose)
+        except InputError as error:
+            raise InputError(f"TEST.CALIBRATION {cfg.TEST.CALIBRATION}: {error}") from None
 
 
 def check_training_config(cfg: CfgNode) -> None:

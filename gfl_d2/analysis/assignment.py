@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..modeling import ATSSAssigner, GroundTruth, LocationGrid, bbox_to_distance
-from ..modeling.gfl import head_input_shapes
+from ..modeling.head import head_input_shapes
 from .boxes import BoxTable, InputSize, group_rows
 
 __all__ = ["REASONS", "Assignment", "assign_boxes"]

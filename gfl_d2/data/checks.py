@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from ..config_checks import check_calibration
 from ..errors import InputError, name_some
 from .from_config import datasets_root, registered_names
 
@@ -53,6 +54,8 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     classes = {name: _class_names(name) for name in names}
     classes = {name: known for name, known in classes.items() if known is not None}
     _check_same_classes(classes)
+    for name, known in classes.items():
+        check_calibration(cfg, known, f"dataset '{name}'")
     node = _NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE)
     if node is not None:
         key = f"MODEL.{node}.NUM_CLASSES"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import GFLCheckpointer, load_checkpoint_config
 from ..config import choose_device
+from ..config_checks import check_calibration
 from ..data import to_array
 from ..errors import InputError
 from .compilation import compile_parts
@@ -65,7 +66,8 @@ class Predictor:
                 which carries its config: see :func:`gfl_d2.checkpoint.load_checkpoint_config`.
 
         Raises:
-            InputError: the weights do not fit the model, or the checkpoint carries no config.
+            InputError: the weights or ``TEST.CALIBRATION`` do not fit the model, or the checkpoint
+                carries no config.
         """
         is_alone = not isinstance(cfg, CfgNode)
         self.cfg = cfg = load_checkpoint_config(cfg) if is_alone else cfg.clone()
@@ -75,6 +77,7 @@ class Predictor:
         checkpoint = GFLCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
         self.model = prepare_for_inference(cfg, model)
         self.metadata = _find_metadata(cfg, checkpoint.get("class_names"), is_alone)
+        check_calibration(cfg, self.metadata.get("thing_classes"), "the model")
         self.aug = AugmentationList(build_augmentation(input_config(cfg), is_train=False))
         self.input_format = cfg.INPUT.FORMAT
 

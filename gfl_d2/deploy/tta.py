@@ -119,6 +119,9 @@ class DenseDetectorWithTTA(nn.Module):
             # Detectron2's own dense detectors lack it.
             class_agnostic=getattr(self.model, "test_nms_class_agnostic", False),
         )
+        calibration = getattr(self.model, "test_calibration", None)
+        if calibration is not None:
+            merged = calibration.calibrate(merged)
         height, width = inputs.get("height", size[0]), inputs.get("width", size[1])
         return detector_postprocess(merged, height, width)
 
@@ -186,7 +189,8 @@ def _to_image(found: Instances, view: _View, size: tuple[int, int]) -> Instances
     return Instances(
         size,
         pred_boxes=Boxes(moved),
-        scores=found.scores,
+        # Those of a calibration come when all views are merged: among equal ones NMS has no order.
+        scores=found.raw_scores if found.has("raw_scores") else found.scores,
         pred_classes=found.pred_classes,
         is_cut=is_cut,
     )

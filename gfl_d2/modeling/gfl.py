@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..config import check_gfl_config
 from ..config_checks import require
-from ..errors import InputError
 from .assigner import build_assigner
 from .box_ops import distance_to_bbox
+from .calibration import ScoreCalibration, build_calibration
 from .criterion import GFLCriterion, collect_samples
-from .head import GFLHead
+from .head import GFLHead, head_input_shapes
 from .locations import LocationGrid
 from .post_processing import Candidates, Sides, select_candidates, suppress
 from .structures import GroundTruth, Levels, Matches, Predictions, Samples
@@ -59,6 +59,7 @@ class GFL(DenseDetector):
         test_nms_class_agnostic: bool = False,
         max_detections_per_image: int = 100,
         test_uncertainty: bool = False,
+        test_calibration: ScoreCalibration | None = None,
         pixel_mean: list[float],
         pixel_std: list[float],
     ):
@@ -78,6 +79,7 @@ class GFL(DenseDetector):
             test_nms_class_agnostic: it also suppresses boxes of other classes.
             max_detections_per_image: best detections kept after NMS.
             test_uncertainty: detections have ``box_std`` and ``box_entropy``.
+            test_calibration: maps the scores of detections; their own are ``raw_scores``.
             pixel_mean, pixel_std: per channel, in the order of the input images.
 
         Raises:
@@ -104,6 +106,7 @@ class GFL(DenseDetector):
         self.test_nms_class_agnostic = test_nms_class_agnostic
         self.max_detections_per_image = max_detections_per_image
         self.test_uncertainty = test_uncertainty
+        self.test_calibration = test_calibration
 
     @classmethod
     def from_config(cls, cfg):
@@ -131,6 +134,7 @@ class GFL(DenseDetector):
             "test_nms_class_agnostic": cfg.MODEL.GFL.NMS_CLASS_AGNOSTIC,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "test_uncertainty": cfg.TEST.UNCERTAINTY,
+            "test_calibration": build_calibration(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
@@ -208,8 +212,11 @@ class GFL(DenseDetector):
     def suppress(
         self, candidates: Candidates, image_sizes: list[tuple[int, int]], sides: Sides | None = None
     ) -> list[Instances]:
-        """NMS, as :func:`gfl_d2.modeling.post_processing.suppress`, of this model."""
-        return suppress(
+        """
+        NMS, as :func:`gfl_d2.modeling.post_processing.suppress`, of this model, and the calibration
+        of scores.
+        """
+        results = suppress(
             candidates,
             image_sizes,
             nms_thresh=self.test_nms_thresh,
@@ -217,6 +224,9 @@ class GFL(DenseDetector):
             sides=sides,
             class_agnostic=self.test_nms_class_agnostic,
         )
+        if self.test_calibration is None:
+            return results
+        return [self.test_calibration.calibrate(detections) for detections in results]
 
     def candidates(self, predictions: Predictions, image_sizes: Tensor) -> Candidates:
         """
@@ -267,33 +277,3 @@ class GFL(DenseDetector):
             diagnostics = self.criterion.diagnostics(samples, num_images)
             for name, value in zip(diagnostics, torch.stack(list(diagnostics.values())).tolist()):
                 storage.put_scalar(f"gfl/{name}", value, smoothing_hint=False)
-
-
-def head_input_shapes(cfg, backbone: Backbone) -> list:
-    """
-    Returns:
-        list[ShapeSpec]: of the features in ``MODEL.GFL.IN_FEATURES``.
-
-    Raises:
-        InputError: the backbone does not give them, or they do not fit together.
-    """
-    names, shapes = list(cfg.MODEL.GFL.IN_FEATURES), backbone.output_shape()
-    missing = [name for name in names if name not in shapes]
-    if missing:
-        raise InputError(
-            f"MODEL.GFL.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME "
-            f"{cfg.MODEL.BACKBONE.NAME!r} gives {sorted(shapes)}"
-        )
-    strides = [shapes[name].stride for name in names]
-    if strides != sorted(set(strides)):
-        raise InputError(
-            f"MODEL.GFL.IN_FEATURES must go from high to low resolution, got {names} of strides "
-            f"{strides}"
-        )
-    channels = [shapes[name].channels for name in names]
-    if len(set(channels)) > 1:
-        raise InputError(
-            "The features of MODEL.GFL.IN_FEATURES need the same number of channels, got "
-            f"{channels}"
-        )
-    return [shapes[name] for name in names]

@@ -5,12 +5,14 @@ import math
 import torch
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .box_representation import BoxRepresentation, GeneralDistribution, build_box_representation
 from .quality import JointQuality, Quality, build_quality
 
-__all__ = ["GFLHead"]
+__all__ = ["GFLHead", "head_input_shapes"]
 
 
 class GFLHead(nn.Module):
@@ -108,6 +110,36 @@ class GFLHead(nn.Module):
         if self.quality_pred is None:
             return class_logits, box_values
         return class_logits, box_values, self.quality_pred(bbox_feature, box_values)
+
+
+def head_input_shapes(cfg, backbone: Backbone) -> list[ShapeSpec]:
+    """
+    Returns:
+        list[ShapeSpec]: of the features in ``MODEL.GFL.IN_FEATURES``.
+
+    Raises:
+        InputError: the backbone does not give them, or they do not fit together.
+    """
+    names, shapes = list(cfg.MODEL.GFL.IN_FEATURES), backbone.output_shape()
+    missing = [name for name in names if name not in shapes]
+    if missing:
+        raise InputError(
+            f"MODEL.GFL.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME!r} gives {sorted(shapes)}"
+        )
+    strides = [shapes[name].stride for name in names]
+    if strides != sorted(set(strides)):
+        raise InputError(
+            f"MODEL.GFL.IN_FEATURES must go from high to low resolution, got {names} of strides "
+            f"{strides}"
+        )
+    channels = [shapes[name].channels for name in names]
+    if len(set(channels)) > 1:
+        raise InputError(
+            "The features of MODEL.GFL.IN_FEATURES need the same number of channels, got "
+            f"{channels}"
+        )
+    return [shapes[name] for name in names]
 
 
 def _tower(dims: list[int], norm: str) -> nn.Sequential:
