@@ -28,7 +28,13 @@ from gfl_d2.data import (
     resolve_num_classes,
 )
 from gfl_d2.deploy import input_config, prepare_for_inference
-from gfl_d2.engine import Trainer, check_evaluators, check_output_folder, inference_folder
+from gfl_d2.engine import (
+    Trainer,
+    check_evaluators,
+    check_output_folder,
+    find_teacher,
+    inference_folder,
+)
 from gfl_d2.errors import InputError, user_message
 
 
@@ -49,6 +55,7 @@ def setup(args):
     check_evaluators(cfg.DATASETS.TEST)
     if not args.eval_only:
         check_training_config(cfg)
+        find_teacher(cfg)
         if not args.resume:
             check_output_folder(cfg.OUTPUT_DIR)
     return cfg

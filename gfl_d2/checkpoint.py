@@ -23,7 +23,7 @@ from .errors import InputError, first_line, name_some
 from .files import atomic_write
 
 __all__ = [
-    "GFLCheckpointer", "describe_model", "describe_problems", "find_config",
+    "GFLCheckpointer", "describe_model", "describe_problems", "find_config", "get_local_path",
     "load_checkpoint_config",
 ]  # fmt: skip
 
@@ -94,7 +94,7 @@ class GFLCheckpointer(DetectionCheckpointer):
             self.logger.warning("MODEL.WEIGHTS is empty: the weights are random.")
         if not path:
             return super().load(path, *args, **kwargs)
-        _get_local_path(path)
+        get_local_path(path)
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def load_checkpoint_config(path: str | os.PathLike, opts: Sequence[str] = ()) ->
     """
     path, text, problem = os.fspath(path), None, "carries no config"
     try:
-        content = torch.load(_get_local_path(path), map_location="cpu", weights_only=True)
+        content = torch.load(get_local_path(path), map_location="cpu", weights_only=True)
         text = content.get("config") if isinstance(content, Mapping) else None
     except InputError:
         raise
@@ -248,7 +248,7 @@ def find_config(config_file: str | None, opts: Sequence[str]) -> CfgNode:
     return load_checkpoint_config(weights, opts)
 
 
-def _get_local_path(path: str) -> str:
+def get_local_path(path: str) -> str:
     """Where the file is, after a download if need be. Raises InputError if there is none."""
     try:
         # Detectron2 reads options from what follows a "?".

@@ -152,6 +152,24 @@ def add_gfl_config(cfg: CN) -> None:
     # at the very start of training or with few objects an image; a small value prevents that.
     cfg.MODEL.GFL.BOX_NORMALIZER_MIN = 1.0
 
+    # Distillation, in training only: what is learned from a teacher, a trained GFL of the same
+    # classes and bins but of any backbone and head: a list of "ld" and "ld_vlr" (its distributions
+    # at positives, and near boxes: LD), "kd" (its classes at positives) and "bckd" (its scores and
+    # boxes everywhere: BCKD); [] for no distillation. See docs/distillation.md.
+    cfg.MODEL.GFL.DISTILL = CN()
+    cfg.MODEL.GFL.DISTILL.TERMS = []
+    # Its weights, and its config file; "" for the config that the weights' file carries.
+    cfg.MODEL.GFL.DISTILL.TEACHER_WEIGHTS = ""
+    cfg.MODEL.GFL.DISTILL.TEACHER_CONFIG = ""
+    # Weights of the terms, >= 0, and the temperatures, > 0, that soften what is compared.
+    cfg.MODEL.GFL.DISTILL.LD_WEIGHT = 0.25
+    cfg.MODEL.GFL.DISTILL.VLR_WEIGHT = 0.25
+    cfg.MODEL.GFL.DISTILL.LD_TEMPERATURE = 10.0
+    cfg.MODEL.GFL.DISTILL.KD_WEIGHT = 10.0
+    cfg.MODEL.GFL.DISTILL.KD_TEMPERATURE = 2.0
+    cfg.MODEL.GFL.DISTILL.BCKD_CLS_WEIGHT = 1.0
+    cfg.MODEL.GFL.DISTILL.BCKD_BOX_WEIGHT = 4.0
+
     # Inference. Only (location, class) pairs that score higher than this are kept, in [0, 1).
     cfg.MODEL.GFL.SCORE_THRESH_TEST = 0.05
     # Best pairs kept on each level before NMS, >= 1.

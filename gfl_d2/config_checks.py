@@ -16,7 +16,12 @@ from torch import nn
 
 from .calibration import Calibration, load_calibration
 from .errors import InputError
-from .registry import ASSIGNER_REGISTRY, BOX_REPRESENTATION_REGISTRY, QUALITY_REGISTRY
+from .registry import (
+    ASSIGNER_REGISTRY,
+    BOX_REPRESENTATION_REGISTRY,
+    DISTILLATION_REGISTRY,
+    QUALITY_REGISTRY,
+)
 
 __all__ = [
     "check_calibration", "check_config", "check_gfl_config", "check_training_config", "get_value",
@@ -37,12 +42,14 @@ _CHOICES = {
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _SAMPLERS_OF_MAIN = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
 _LOSS_WEIGHTS = [f"LOSS_{name}_WEIGHT" for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL")]
+_DISTILL_WEIGHTS = [f"DISTILL.{x}_WEIGHT" for x in ("LD", "VLR", "KD", "BCKD_CLS", "BCKD_BOX")]
 # Keys of MODEL.GFL, what their values must be, and whether a value is that.
 _RANGES = (
     (["CONV_DIM", "REG_MAX", "DGQP_TOPK", "DGQP_CHANNELS"], ">= 1", lambda x: x >= 1),
     (["ATSS_TOPK", "TOPK_CANDIDATES_TEST"], ">= 1", lambda x: x >= 1),
-    (["NUM_CLASSES", "NUM_CONVS", *_LOSS_WEIGHTS], ">= 0", lambda x: x >= 0),
+    (["NUM_CLASSES", "NUM_CONVS", *_LOSS_WEIGHTS, *_DISTILL_WEIGHTS], ">= 0", lambda x: x >= 0),
     (["BIN_WIDTH", "ANCHOR_SCALE", "BOX_NORMALIZER_MIN"], "> 0", lambda x: x > 0),
+    (["DISTILL.LD_TEMPERATURE", "DISTILL.KD_TEMPERATURE"], "> 0", lambda x: x > 0),
     (["IN_FEATURES"], "a list of at least one feature name", lambda x: len(x) >= 1),
     (["PRIOR_PROB"], "in (0, 1)", lambda x: 0 < x < 1),
     # For 0 < beta < 1 the gradient of QFL is infinite where the prediction meets the target.
@@ -76,10 +83,11 @@ def check_config(cfg: CfgNode) -> None:
         check_gfl_config(cfg)
     else:
         _check_general(cfg)
-        allowed = f"False for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
-        require(cfg, "TEST.UNCERTAINTY", not cfg.TEST.UNCERTAINTY, allowed)
-        allowed = allowed.replace("False", "''")
-        require(cfg, "TEST.CALIBRATION", not cfg.TEST.CALIBRATION, allowed)
+        when = f"for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
+        require(cfg, "TEST.UNCERTAINTY", not cfg.TEST.UNCERTAINTY, f"False {when}")
+        require(cfg, "TEST.CALIBRATION", not cfg.TEST.CALIBRATION, f"'' {when}")
+        terms = cfg.MODEL.GFL.DISTILL.TERMS
+        require(cfg, "MODEL.GFL.DISTILL.TERMS", not terms, f"[] {when}")
 
 
 def check_gfl_config(cfg: CfgNode) -> None:
@@ -90,8 +98,8 @@ def check_gfl_config(cfg: CfgNode) -> None:
     _check_general(cfg)
     gfl = cfg.MODEL.GFL
     for keys, allowed, holds in _RANGES:
-        for key in keys:
-            require(cfg, f"MODEL.GFL.{key}", holds(gfl[key]), allowed)
+        for key in (f"MODEL.GFL.{key}" for key in keys):
+            require(cfg, key, holds(get_value(cfg, key)), allowed)
     # The parts that are chosen by name check the keys of their own.
     QUALITY_REGISTRY.get(gfl.QUALITY).from_config(cfg)
     box = BOX_REPRESENTATION_REGISTRY.get(gfl.BOX_REPRESENTATION).from_config(cfg)
@@ -104,6 +112,11 @@ def check_gfl_config(cfg: CfgNode) -> None:
         number = len(calibration.thing_classes)
         allowed = f"of {gfl.NUM_CLASSES} classes, as MODEL.GFL.NUM_CLASSES, and has {number}"
         require(cfg, "TEST.CALIBRATION", number == gfl.NUM_CLASSES, allowed)
+    terms = gfl.DISTILL.TERMS
+    for name in terms:
+        DISTILLATION_REGISTRY.get(name).from_config(cfg)
+    is_set = len(set(terms)) == len(terms)
+    require(cfg, "MODEL.GFL.DISTILL.TERMS", is_set, "a list that names each term once")
     _check_norm(cfg)
     key, offset = "MODEL.ANCHOR_GENERATOR.OFFSET", cfg.MODEL.ANCHOR_GENERATOR.OFFSET
     allowed = "0.0 when MODEL.GFL.LEGACY_ANCHOR_CENTERS is True"
@@ -153,6 +166,15 @@ def check_training_config(cfg: CfgNode) -> None:
     require(
         cfg, "SOLVER.AMP.ENABLED", cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED, allowed
     )
+    distill = cfg.MODEL.GFL.DISTILL
+    is_on = bool(distill.TERMS)
+    if is_on != bool(distill.TEACHER_WEIGHTS) or (distill.TEACHER_CONFIG and not is_on):
+        keys = ("TERMS", "TEACHER_WEIGHTS", "TEACHER_CONFIG")
+        got = ", ".join(f"{key} {distill[key]!r}" for key in keys)
+        raise InputError(
+            "MODEL.GFL.DISTILL needs both TERMS (what is learned) and TEACHER_WEIGHTS (from whom), "
+            f"or none of its teacher's keys, got {got}"
+        )
     metric, test = cfg.TEST.BEST_CHECKPOINT_METRIC, cfg.DATASETS.TEST
     if not metric or not test or cfg.TEST.EVAL_PERIOD <= 0:
         return

@@ -6,7 +6,10 @@ from fvcore.common.registry import Registry as FvcoreRegistry
 
 from .errors import InputError
 
-__all__ = ["ASSIGNER_REGISTRY", "BOX_REPRESENTATION_REGISTRY", "QUALITY_REGISTRY", "Registry"]
+__all__ = [
+    "ASSIGNER_REGISTRY", "BOX_REPRESENTATION_REGISTRY", "DISTILLATION_REGISTRY",
+    "QUALITY_REGISTRY", "Registry",
+]  # fmt: skip
 
 
 class Registry(FvcoreRegistry):
@@ -40,3 +43,4 @@ class Registry(FvcoreRegistry):
 QUALITY_REGISTRY = Registry("MODEL.GFL.QUALITY")
 BOX_REPRESENTATION_REGISTRY = Registry("MODEL.GFL.BOX_REPRESENTATION")
 ASSIGNER_REGISTRY = Registry("MODEL.GFL.ASSIGNER")
+DISTILLATION_REGISTRY = Registry("MODEL.GFL.DISTILL.TERMS")

@@ -26,6 +26,7 @@ from gfl_d2.modeling import (
 )
 from gfl_d2.modeling.assigner import build_assigner
 from gfl_d2.modeling.box_representation import build_box_representation
+from gfl_d2.modeling.distillation import build_distillation
 from gfl_d2.modeling.quality import build_quality
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -40,6 +41,10 @@ CHOICES = [
     for assigner in ("atss", "dynamic_atss")
     if quality != "dgqp" or box == "general"
 ]
+
+
+# Every term of distillation, for those that take one combination.
+DISTILLED = ("joint", "general", "atss", "MODEL.GFL.DISTILL.TERMS", "['ld','ld_vlr','kd','bckd']")
 
 
 class GivenFeatures(Backbone):
@@ -138,7 +143,7 @@ def gfl_on_features(
 
 
 def gfl_of_choices(features: list[torch.Tensor], *choices: str) -> GFL:
-    """GFL on given features: a small head with three classes, and these choices by name."""
+    """GFL on given features: a small head with three classes, and these choices and options."""
     cfg = small_config(*choices)
     return gfl_on_features(
         features,
@@ -148,6 +153,7 @@ def gfl_of_choices(features: list[torch.Tensor], *choices: str) -> GFL:
         box=build_box_representation(cfg),
         quality=build_quality(cfg),
         assigner=build_assigner(cfg),
+        criterion={"distillation": build_distillation(cfg)},
     )
 
 

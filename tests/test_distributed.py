@@ -10,13 +10,15 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from models import CHOICES, STRIDES, gfl_of_choices
+from gfl_d2.modeling import Predictions
+from models import CHOICES, DISTILLED, STRIDES, gfl_of_choices
 from reference_data import assert_close_to_largest
 
 SIZE = (128, 192)
 BOXES = [[10.3, 20.2, 80.1, 90.7], [60.0, 5.0, 188.0, 120.0], [100.5, 30.5, 140.2, 77.0]]
 # The boxes of the two images: one has none, or both have some.
 BATCHES = [[BOXES, []], [BOXES[:1], BOXES[1:]]]
+ALL_CHOICES = [*CHOICES, DISTILLED]
 
 
 def train(choices, boxes, images, wrap=lambda model: model):
@@ -31,10 +33,14 @@ def train(choices, boxes, images, wrap=lambda model: model):
         gt = Instances(SIZE, gt_boxes=Boxes(torch.tensor(boxes[image]).reshape(-1, 4)))
         gt.gt_classes = torch.arange(len(gt.gt_boxes))
         inputs.append({"image": torch.zeros(3, *SIZE), "instances": gt})
+    # Only terms of distillation look at it.
+    teacher = Predictions(
+        *([3 * torch.randn(2, n, *x.shape[2:])[images] for x in features] for n in (3, 4 * 17))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapped = wrap(model)
     with EventStorage():
-        losses = wrapped(inputs)
+        losses = wrapped(inputs, teacher)
     sum(losses.values()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     optimizer.step()
@@ -49,7 +55,7 @@ def train_all(rank, folder):
     )
     results = {
         (choices, i): train(choices, boxes, [rank], DistributedDataParallel)
-        for choices in CHOICES
+        for choices in ALL_CHOICES
         for i, boxes in enumerate(BATCHES)
     }
     torch.save(results, f"{folder}/{rank}.pt")
@@ -64,7 +70,7 @@ def of_two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(BATCHES)))
-@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("choices", ALL_CHOICES)
 def test_two_processes_are_one_batch_of_two(of_two_processes, choices, number):
     """
     Normalizers are means over processes, so the mean of the losses, and the gradients that

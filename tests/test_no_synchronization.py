@@ -12,7 +12,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from models import CHOICES, STRIDES, build_gfl, gfl_of_choices, make_input
+from gfl_d2.modeling import Predictions
+from models import CHOICES, DISTILLED, STRIDES, build_gfl, gfl_of_choices, make_input
 
 SIZE = (128, 192)
 
@@ -34,14 +35,15 @@ def train(num_boxes, *choices, device="cuda", first_iteration=0):
         # The second image is smaller: there is padding.
         images = ImageList(torch.rand(2, 3, *SIZE, device=device), [SIZE, (100, 160)])
         predictions = model.head(features)
-        losses = model.forward_training(images, features, predictions, gt_instances)
+        teacher = Predictions(*([torch.rand_like(x) for x in maps] for maps in predictions[:2]))
+        losses = model.forward_training(images, features, predictions, gt_instances, teacher)
         if device == "cpu":
             sum(losses.values()).backward()
     return losses
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("choices", [*CHOICES, DISTILLED])
 def test_no_value_is_waited_for(choices, device):
     losses = train((3, 0), *choices, device=device)
     assert all(loss.shape == () and loss.device.type == device for loss in losses.values())

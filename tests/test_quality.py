@@ -18,6 +18,7 @@ from gfl_d2.modeling import (
     CenternessGuided,
     DistributionGuidedQuality,
     GeneralDistribution,
+    GroundTruth,
     IoUBranch,
     IoUGuided,
     JointQuality,
@@ -65,6 +66,7 @@ def make_samples(predictions: Predictions, num_positives: int = 4, seed: int = 0
     )
     return Samples(
         matches=matches,
+        gt=GroundTruth(torch.zeros(num_positives, 4), labels, matches.image),
         is_positive=is_positive.flatten(),
         image=matches.image.repeat_interleave(2),
         classes=labels.repeat_interleave(2),

@@ -324,6 +324,7 @@ class TestRunAblations:
             assert run["MODEL.GFL.BOX_REPRESENTATION"] == "dirac"
             assert run["MODEL.DEVICE"] == "cpu"
             assert "MODEL.GFL.NUM_CLASSES" not in run
+            assert run["MODEL.GFL.DISTILL.TERMS"] == "[]"
             del run["--config-file"]
             load_config(self.CONFIG, [x for pair in run.items() for x in pair])
         assert "| table_3_qfl | 40.0 | 0.0 | 60.0 | 41.0 | 40.0, 40.0 |" in capsys.readouterr().out

@@ -35,11 +35,10 @@ _NOT_TAKEN = ("NUM_CLASSES", "IN_FEATURES", "NUM_CONVS", "CONV_DIM", "NORM")
 
 def ablation_opts(config_file: str) -> list[str]:
     """What is taken of an ablation's ``MODEL.GFL``, as KEY VALUE pairs."""
-    opts = []
-    for key, value in load_config(config_file).MODEL.GFL.items():
-        if key not in _NOT_TAKEN:
-            opts += [f"MODEL.GFL.{key}", str(value)]
-    return opts
+    gfl = dict(load_config(config_file).MODEL.GFL)
+    gfl.update({f"DISTILL.{key}": value for key, value in gfl.pop("DISTILL").items()})
+    pairs = [(f"MODEL.GFL.{key}", str(x)) for key, x in gfl.items() if key not in _NOT_TAKEN]
+    return list(itertools.chain(*pairs))
 
 
 def read_result(file: Path, settings: str) -> dict[str, float] | None:

@@ -88,10 +88,13 @@ def resolve_num_classes(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     return cfg
 
 
-def compare_classes(names: Iterable[str], trained: Sequence[str] | None) -> None:
+def compare_classes(
+    names: Iterable[str], trained: Sequence[str] | None, key: str = "MODEL.WEIGHTS"
+) -> None:
     """
-    Compare the classes of the datasets to evaluate on with the names that a model was ``trained``
-    on, where they are known. Other names are warned of: the classes may have been renamed.
+    Compare the classes of datasets with the names that a model was ``trained`` on, where they are
+    known. Other names are warned of: the classes may have been renamed. ``key`` of the config names
+    its weights.
 
     Raises:
         InputError: a dataset has the same names in another order.
@@ -102,14 +105,14 @@ def compare_classes(names: Iterable[str], trained: Sequence[str] | None) -> None
             continue
         if sorted(classes) == sorted(trained) and list(classes) != list(trained):
             raise InputError(
-                f"Dataset '{name}' has the classes of MODEL.WEIGHTS in another order: set "
+                f"Dataset '{name}' has the classes of {key} in another order: set "
                 f"DATASETS.CLASSES {list(trained)}"
             )
         for index, (here, there) in enumerate(zip(classes, trained)):
             if here != there:
                 logger.warning(
                     f"Class {index} of dataset '{name}' is {here!r}, and was {there!r} in the data "
-                    "that MODEL.WEIGHTS were trained on."
+                    f"that {key} were trained on."
                 )
                 break
 

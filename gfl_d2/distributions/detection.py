@@ -38,9 +38,8 @@ def detect_with_distributions(model: GFL, inputs: dict) -> Instances:
             "MODEL.GFL.BOX_REPRESENTATION must be 'general' to draw distributions: this model "
             f"predicts {type(box).__name__ if box else 'none'}"
         )
-    images = model.preprocess_image([inputs])
-    features = model.backbone(images.tensor)
-    predictions = Predictions(*model.head([features[name] for name in model.head_in_features]))
+    images, _, predictions = model.predict([inputs])
+    predictions = Predictions(*predictions)
     sizes = torch.tensor(images.image_sizes, device=model.device)
     candidates, sides = model.candidates_and_sides(predictions, sizes)
     (found,) = model.suppress(candidates, images.image_sizes, sides)

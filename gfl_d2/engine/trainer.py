@@ -23,6 +23,7 @@ from ..config import check_config, check_training_config
 from ..data import GFLDatasetMapper, load_training_dicts, loading, resolve_num_classes
 from ..deploy import compile_parts, has_fast_bfloat16
 from ..errors import InputError
+from .distillation import StudentWithTeacher, find_teacher, load_teacher
 from .evaluation import build_evaluator, check_evaluators
 from .hooks import BestModelSaver
 from .runs import check_output_folder, inference_folder
@@ -76,6 +77,7 @@ class Trainer(DefaultTrainer):
         check_training_config(cfg)
         check_evaluators(cfg.DATASETS.TEST)
         cfg = resolve_num_classes(cfg)
+        teacher_cfg = find_teacher(cfg)
         super().__init__(cfg)
         step = self._trainer
         if cfg.SOLVER.BF16 and has_fast_bfloat16(next(self.model.parameters()).device.type):
@@ -83,12 +85,21 @@ class Trainer(DefaultTrainer):
         elif cfg.SOLVER.BF16:
             logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
         compile_parts(self.checkpointer.model, cfg.SOLVER.COMPILE)
+        if teacher_cfg is not None:
+            teacher = load_teacher(cfg, teacher_cfg, self.checkpointer.model)
+            self._trainer.model = StudentWithTeacher(self._trainer.model, teacher)
         num_frozen = sum(not p.requires_grad for p in self.model.parameters())
         if num_frozen and not cfg.MODEL.WEIGHTS:
             logger.warning(
                 f"MODEL.WEIGHTS is empty, but {num_frozen} parameters are frozen "
                 "(MODEL.BACKBONE.FREEZE_AT): unless training is resumed, they stay random."
             )
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, evaluated and saved: the student alone, where there is a teacher."""
+        model = self._trainer.model
+        return model.student if isinstance(model, StudentWithTeacher) else model
 
     def build_hooks(self) -> list[HookBase]:
         # In the place of Detectron2's, before the hook that saves is made with it.

@@ -4,11 +4,19 @@ from .background_loss import background_loss
 from .box_ops import aligned_iou, bbox_to_distance, centerness, distance_to_bbox, integral
 from .box_representation import BoxRepresentation, DiracDelta, Gaussian, GeneralDistribution
 from .criterion import GFLCriterion, collect_samples
+from .distillation import (
+    BridgingCrossTask,
+    ClassDistillation,
+    DistillationTerm,
+    LocalizationDistillation,
+    ValuableRegionDistillation,
+)
 from .focal_quality import CenternessBranch, CenternessGuided, IoUBranch, IoUGuided, NoQuality
 from .gfl import GFL
 from .head import GFLHead
 from .locations import LocationGrid
 from .losses import (
+    distillation_loss,
     distribution_focal_loss,
     gaussian_kl_loss,
     giou_loss,

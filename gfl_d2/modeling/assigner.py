@@ -80,9 +80,13 @@ class ATSSAssigner(nn.Module):
         centers = levels.centers(row, column)
         boxes = gt.boxes[:, None, None]
         ious = self._ious(levels, centers, boxes, matches, predict)
-        iou, threshold = sum(ious), sum(_threshold(x, is_candidate) for x in ious)
+        thresholds = [_threshold(x, is_candidate) for x in ious]
+        iou, threshold = sum(ious), sum(thresholds)
         is_inside = bbox_to_distance(centers, boxes).amin(dim=-1) > _MIN_CENTER_DISTANCE
-        matches = matches._replace(is_positive=is_candidate & is_inside & (iou >= threshold))
+        matches = matches._replace(
+            is_positive=is_candidate & is_inside & (iou >= threshold),
+            iou_threshold=thresholds[0].flatten(),
+        )
         return matches._replace(is_positive=_resolve_conflicts(matches, iou, levels))
 
     def _nearest_cells(self, levels: Levels, gt: GroundTruth) -> tuple[Tensor, Tensor]:
@@ -117,7 +121,8 @@ class ATSSAssigner(nn.Module):
         predict: Callable[[Matches], Tensor] | None,
     ) -> list[Tensor]:
         """
-        The measures, each of shape (M, L, k). Positives are chosen by their sum.
+        The measures, each of shape (M, L, k), the anchors' IoU first. Positives are chosen by
+        their sum.
 
         Args:
             centers: shape (M, L, k, 2), of the candidates.

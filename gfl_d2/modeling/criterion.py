@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .box_ops import aligned_iou, bbox_to_distance, distance_to_bbox
 from .box_representation import BoxRepresentation, GeneralDistribution
+from .distillation import Comparison, DistillationTerm
 from .distributed import all_reduce_mean
 from .losses import giou_loss
 from .quality import JointQuality, Quality
@@ -48,6 +52,7 @@ def collect_samples(
     shape = matches.is_positive.shape
     return Samples(
         matches=matches,
+        gt=gt,
         is_positive=matches.is_positive.flatten(),
         image=gt.image[:, None, None].expand(shape).flatten(),
         classes=gt.classes[:, None, None].expand(shape).flatten(),
@@ -66,7 +71,8 @@ class GFLCriterion(nn.Module):
 
     - of the scores, by ``quality``: sums over all locations, divided by the number of positives;
     - of the boxes, GIoU loss and those of ``box``: sums over the positives, weighted by ``quality``
-      and divided by the sum of the weights.
+      and divided by the sum of the weights;
+    - those of ``distillation``, which compare with the predictions of a teacher.
 
     Both divisors are means over the processes. The criterion has no parameters.
     """
@@ -78,33 +84,50 @@ class GFLCriterion(nn.Module):
         quality: Quality = JointQuality(),
         bbox_weight: float = 2.0,
         box_normalizer_min: float = 1.0,
+        distillation: Sequence[DistillationTerm] = (),
     ):
         """
         Args:
             box, quality: those of the head.
             bbox_weight: weight of the GIoU loss.
             box_normalizer_min: lower bound of the sum of the weights.
+            distillation: terms that need a teacher.
         """
         super().__init__()
         self.box = box
         self.quality = quality
         self.bbox_weight = bbox_weight
         self.box_normalizer_min = box_normalizer_min
+        self.distillation = list(distillation)
 
     def forward(
-        self, predictions: Predictions, levels: Levels, samples: Samples
+        self,
+        predictions: Predictions,
+        levels: Levels,
+        samples: Samples,
+        teacher: Predictions | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
             predictions: of the head.
             levels: where they are, and which of them are padding.
             samples: see :func:`collect_samples`.
+            teacher: what a teacher predicts at the same places, for ``distillation``. Its class
+                logits are those of its scores.
 
         Returns:
-            dict[str, Tensor]: weighted scalars by name: ``loss_bbox`` and those of ``quality`` and
-            ``box``. They are finite, and connected to every prediction, also where there is no
-            positive or no ground truth at all.
+            dict[str, Tensor]: weighted scalars by name: ``loss_bbox`` and those of ``quality``,
+            ``box`` and ``distillation``. They are finite, and connected to every prediction, also
+            where there is no positive or no ground truth at all.
+
+        Raises:
+            InputError: there is ``distillation``, but no teacher.
         """
+        if self.distillation and teacher is None:
+            raise InputError(
+                "MODEL.GFL.DISTILL.TERMS needs a teacher's predictions: train with gfl_d2.engine."
+                "Trainer, give the model a `teacher`, or set MODEL.GFL.DISTILL.TERMS []"
+            )
         score_terms = self.quality.losses(predictions, levels, samples)
         box_terms = {
             "loss_bbox": self.bbox_weight * giou_loss(samples.boxes, samples.gt_boxes),
@@ -119,6 +142,14 @@ class GFLCriterion(nn.Module):
         losses = {name: loss / score_norm for name, loss in score_terms.items()}
         for name, loss in box_terms.items():
             losses[name] = (weights * samples.mask(loss)).sum() / box_norm
+        if self.distillation:
+            scores = self.quality.score_maps(predictions, levels)
+            student = Predictions(scores, predictions.box_values)
+            comparison = Comparison(
+                student, teacher, levels, samples, weights, score_norm, self.box
+            )
+            for term in self.distillation:
+                losses.update(term.losses(comparison))
         return losses
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from .assigner import build_assigner
 from .box_ops import distance_to_bbox
 from .calibration import ScoreCalibration, build_calibration
 from .criterion import GFLCriterion, collect_samples
+from .distillation import build_distillation
 from .head import GFLHead, head_input_shapes
 from .locations import LocationGrid
 from .post_processing import Candidates, Sides, select_candidates, suppress
@@ -127,6 +128,7 @@ class GFL(DenseDetector):
                 quality=head.quality,
                 bbox_weight=cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
                 box_normalizer_min=cfg.MODEL.GFL.BOX_NORMALIZER_MIN,
+                distillation=build_distillation(cfg),
             ),
             "test_score_thresh": cfg.MODEL.GFL.SCORE_THRESH_TEST,
             "test_topk_candidates": cfg.MODEL.GFL.TOPK_CANDIDATES_TEST,
@@ -139,17 +141,33 @@ class GFL(DenseDetector):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], teacher: Predictions | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """
-        As :class:`DenseDetector`. With ``test_uncertainty`` the Instances of D detections also have
-        ``box_std``, shape (D, 4), the standard deviations of the left, top, right and bottom side,
-        in pixels as ``pred_boxes``, and ``box_entropy``, likewise, in nats.
+        As :class:`DenseDetector`. In training, ``teacher`` has what another detector predicts for
+        the same images, see :class:`GFLCriterion`. With ``test_uncertainty`` the Instances of D
+        detections also have ``box_std``, shape (D, 4), the standard deviations of the left, top,
+        right and bottom side, in pixels as ``pred_boxes``, and ``box_entropy``, likewise, in nats.
         """
+        if self.training:
+            images, features, predictions = self.predict(batched_inputs)
+            gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+            return self.forward_training(images, features, predictions, gt_instances, teacher)
         outputs = super().forward(batched_inputs)
-        if self.test_uncertainty and not self.training:
+        if self.test_uncertainty:
             for output in outputs:
                 scale_uncertainty(output["instances"])
         return outputs
+
+    def predict(
+        self, batched_inputs: list[dict]
+    ) -> tuple[ImageList, list[Tensor], tuple[list[Tensor], ...]]:
+        """The batch, its L feature maps, and the predictions of :class:`GFLHead` for them."""
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.head_in_features]
+        return images, features, self.head(features)
 
     def forward_training(
         self,
@@ -157,6 +175,7 @@ class GFL(DenseDetector):
         features: list[Tensor],
         predictions: tuple[list[Tensor], ...],
         gt_instances: list[Instances],
+        teacher: Predictions | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -164,10 +183,11 @@ class GFL(DenseDetector):
             features: L feature maps.
             predictions: of :class:`GFLHead` for them.
             gt_instances: N Instances with ``gt_boxes`` and ``gt_classes``.
+            teacher: as in :meth:`forward`.
 
         Returns:
-            dict[str, Tensor]: weighted scalars: ``loss_bbox`` and those of the representations,
-            in GFL ``loss_qfl`` and ``loss_dfl``.
+            dict[str, Tensor]: weighted scalars, see :class:`GFLCriterion`: in GFL ``loss_qfl``,
+            ``loss_bbox`` and ``loss_dfl``.
         """
         predictions = Predictions(*predictions)
         gt = GroundTruth.from_instances(gt_instances)
@@ -179,7 +199,7 @@ class GFL(DenseDetector):
         matches = self.assigner(levels, gt, predict)
         samples = collect_samples(predictions, levels, matches, gt, self.head.box)
         self._log_diagnostics(samples, num_images=len(gt_instances))
-        return self.criterion(predictions, levels, samples)
+        return self.criterion(predictions, levels, samples, teacher)
 
     def forward_inference(
         self,

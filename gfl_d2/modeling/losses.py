@@ -13,7 +13,10 @@ from torch import Tensor
 from .box_ops import MIN_AREA, box_area, iou_and_union
 from .precision import full_precision
 
-__all__ = ["distribution_focal_loss", "gaussian_kl_loss", "giou_loss", "quality_focal_loss"]
+__all__ = [
+    "distillation_loss", "distribution_focal_loss", "gaussian_kl_loss", "giou_loss",
+    "quality_focal_loss",
+]  # fmt: skip
 
 
 def quality_focal_loss(
@@ -74,6 +77,26 @@ def gaussian_kl_loss(
     mean, log_variance = full_precision(mean), full_precision(log_variance)
     error = F.smooth_l1_loss(mean, target.to(mean), reduction="none", beta=1.0)
     return _reduce((-log_variance).exp() * error + log_variance / 2, reduction)
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "none"
+) -> Tensor:
+    """
+    Divergence of a student's distribution from its teacher's, both softened by a temperature T
+    (Hinton et al., 2015), shape (R,): ``T^2 * mean_i of KL(t_i || s_i)`` with t and s the softmax
+    of the logits divided by T. The mean, not the sum, over the bins or classes is that of LD
+    (Zheng et al., CVPR 2022).
+
+    Args:
+        logits, teacher_logits: shape (R, n + 1), or (R, C).
+        temperature: T > 0.
+    """
+    log_probs, teacher = (
+        F.log_softmax(full_precision(x) / temperature, dim=-1) for x in (logits, teacher_logits)
+    )
+    loss = F.kl_div(log_probs, teacher.to(log_probs), reduction="none", log_target=True)
+    return _reduce(loss.mean(dim=-1) * temperature**2, reduction)
 
 
 def giou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:

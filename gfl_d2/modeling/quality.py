@@ -89,6 +89,17 @@ class Quality(ABC):
             return class_logits
         return joint_logits(class_logits, quality_logits)
 
+    def score_maps(self, predictions: Predictions, levels: Levels) -> list[Tensor]:
+        """:meth:`score_logits` of whole maps: L times shape (N, C, Hi, Wi), to train with."""
+        if predictions.quality_logits is None:
+            return list(predictions.class_logits)
+        maps = []
+        for i, logits in enumerate(zip(predictions.class_logits, predictions.quality_logits)):
+            # An infinite logit in the padding would make the gradient of the product NaN there.
+            valid = levels.valid_mask(i)
+            maps.append(self.score_logits(*(torch.where(valid, x, 0) for x in logits)))
+        return maps
+
     @abstractmethod
     def losses(
         self, predictions: Predictions, levels: Levels, samples: Samples
@@ -215,12 +226,7 @@ class DistributionGuidedQuality(JointQuality):
         return DistributionGuidedQualityPredictor(box.num_values, self.topk, self.channels)
 
     def losses(self, predictions, levels, samples):
-        joint = []
-        for i, logits in enumerate(zip(predictions.class_logits, predictions.quality_logits)):
-            # An infinite logit in the padding would make the gradient of the product NaN there.
-            valid = levels.valid_mask(i)
-            joint.append(self.score_logits(*(torch.where(valid, x, 0) for x in logits)))
-        return self._qfl(joint, levels, samples)
+        return self._qfl(self.score_maps(predictions, levels), levels, samples)
 
 
 class DistributionGuidedQualityPredictor(nn.Sequential):

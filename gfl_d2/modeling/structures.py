@@ -73,6 +73,15 @@ class Levels(NamedTuple):
         cells = torch.stack((column, row), dim=-1)
         return cells * self.strides[:, None, None] + self.first[:, None, None]
 
+    def anchors(self, level: int) -> Tensor:
+        """Shape (Hi * Wi, 4), XYXY in pixels, row by row."""
+        ends = (torch.arange(x, device=self.strides.device) for x in self.shapes[level])
+        row, column = torch.meshgrid(*ends, indexing="ij")
+        cells = torch.stack((column, row), dim=-1).flatten(0, 1)
+        centers = cells * self.strides[level] + self.first[level]
+        half = self.anchor_sizes[level] / 2
+        return torch.cat((centers - half, centers + half), dim=1)
+
     def valid_mask(self, level: int) -> Tensor:
         """Shape (N, 1, Hi, Wi), False in the padding."""
         height, width = self.shapes[level]
@@ -93,6 +102,8 @@ class Matches(NamedTuple):
     row: Tensor  # (M, L, k), int64
     column: Tensor  # (M, L, k), int64
     is_positive: Tensor  # (M, L, k), bool
+    # (M,), that of ATSS for the IoU of an anchor with the box. Only distillation asks for it.
+    iou_threshold: Tensor | None = None
 
     def places(self, level: int, shape: Sequence[int]) -> Tensor:
         """
@@ -131,6 +142,7 @@ class Samples(NamedTuple):
     """
 
     matches: Matches
+    gt: GroundTruth
     is_positive: Tensor  # (P,), bool
     image: Tensor  # (P,), int64 in [0, N)
     classes: Tensor  # (P,), int64 in [0, C), of the ground-truth box
