@@ -106,7 +106,8 @@ def add_gfl_config(cfg: CN) -> None:
 
     # What a score stands for beside the class: the IoU of the predicted box, trained with Quality
     # Focal Loss ("joint": GFL); that, helped by a quality predicted from the box distributions
-    # ("dgqp": GFLv2); nothing, trained with focal loss ("none"), with a branch whose prediction
+    # ("dgqp": GFLv2); the IoU, trained with Varifocal Loss ("vfl") or Matchability-Aware Loss
+    # ("mal", its power); nothing, trained with focal loss ("none"), with a branch whose prediction
     # multiplies it at inference ("centerness": ATSS; "iou"), or with the positives' classification
     # loss weighted ("centerness_guided", "iou_guided").
     cfg.MODEL.GFL.QUALITY = "joint"
@@ -135,11 +136,16 @@ def add_gfl_config(cfg: CN) -> None:
 
     # Exponent beta of the modulating factor |y - sigma|^beta of QFL ("joint", "dgqp"): 0, or >= 1.
     cfg.MODEL.GFL.QFL_BETA = 2.0
+    # Of "vfl": weight alpha >= 0 of the negatives, and exponent gamma of their score: 0, or >= 1.
+    cfg.MODEL.GFL.VFL_ALPHA = 0.75
+    cfg.MODEL.GFL.VFL_GAMMA = 2.0
+    # Of "mal": exponent gamma of the negatives' score and of the positives' IoU: 0, or >= 1.
+    cfg.MODEL.GFL.MAL_GAMMA = 1.5
     # Focal loss, for any other QUALITY: alpha in [0, 1], or negative for none; gamma 0, or >= 1.
     cfg.MODEL.GFL.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.GFL.FOCAL_LOSS_GAMMA = 2.0
-    # Weights of the losses, >= 0: QFL, focal loss, that of the "centerness" or "iou" branch, GIoU,
-    # DFL ("general"; 0 for none) and the KL loss of "gaussian".
+    # Weights of the losses, >= 0: QFL; focal loss, that of "vfl" and of "mal"; that of the
+    # "centerness" or "iou" branch; GIoU; DFL ("general"; 0 for none); the KL loss of "gaussian".
     cfg.MODEL.GFL.LOSS_QFL_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_CLS_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_QUALITY_WEIGHT = 1.0

@@ -47,13 +47,21 @@ _DISTILL_WEIGHTS = [f"DISTILL.{x}_WEIGHT" for x in ("LD", "VLR", "KD", "BCKD_CLS
 _RANGES = (
     (["CONV_DIM", "REG_MAX", "DGQP_TOPK", "DGQP_CHANNELS"], ">= 1", lambda x: x >= 1),
     (["ATSS_TOPK", "TOPK_CANDIDATES_TEST"], ">= 1", lambda x: x >= 1),
-    (["NUM_CLASSES", "NUM_CONVS", *_LOSS_WEIGHTS, *_DISTILL_WEIGHTS], ">= 0", lambda x: x >= 0),
+    (
+        ["NUM_CLASSES", "NUM_CONVS", "VFL_ALPHA", *_LOSS_WEIGHTS, *_DISTILL_WEIGHTS],
+        ">= 0",
+        lambda x: x >= 0,
+    ),
     (["BIN_WIDTH", "ANCHOR_SCALE", "BOX_NORMALIZER_MIN"], "> 0", lambda x: x > 0),
     (["DISTILL.LD_TEMPERATURE", "DISTILL.KD_TEMPERATURE"], "> 0", lambda x: x > 0),
     (["IN_FEATURES"], "a list of at least one feature name", lambda x: len(x) >= 1),
     (["PRIOR_PROB"], "in (0, 1)", lambda x: 0 < x < 1),
     # For 0 < beta < 1 the gradient of QFL is infinite where the prediction meets the target.
-    (["QFL_BETA", "FOCAL_LOSS_GAMMA"], "0 or >= 1", lambda x: x == 0 or x >= 1),
+    (
+        ["QFL_BETA", "FOCAL_LOSS_GAMMA", "VFL_GAMMA", "MAL_GAMMA"],
+        "0 or >= 1",
+        lambda x: x == 0 or x >= 1,
+    ),
     (["FOCAL_LOSS_ALPHA"], "in [0, 1], or negative", lambda x: x <= 1),
     (["SCORE_THRESH_TEST"], "in [0, 1)", lambda x: 0 <= x < 1),
     (["NMS_THRESH_TEST"], "in [0, 1]", lambda x: 0 <= x <= 1),

@@ -32,7 +32,9 @@ from gfl_d2.modeling.quality import build_quality
 STRIDES = (8, 16, 32, 64, 128)
 NAMES = tuple(f"p{i}" for i in range(3, 8))
 
-QUALITIES = ("joint", "dgqp", "none", "centerness", "iou", "centerness_guided", "iou_guided")
+QUALITIES = (
+    "joint", "dgqp", "vfl", "mal", "none", "centerness", "iou", "centerness_guided", "iou_guided"
+)  # fmt: skip
 # Every combination of MODEL.GFL.QUALITY, BOX_REPRESENTATION and ASSIGNER.
 CHOICES = [
     (quality, box, assigner)

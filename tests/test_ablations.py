@@ -21,6 +21,8 @@ ROWS = sorted(p for p in (CONFIGS / "ablations").glob("*.yaml") if not p.stem.st
 QUALITIES = {
     "joint": {"loss_qfl"},
     "dgqp": {"loss_qfl"},
+    "vfl": {"loss_vfl"},
+    "mal": {"loss_mal"},
     "none": {"loss_cls"},
     "centerness": {"loss_cls", "loss_centerness"},
     "iou": {"loss_cls", "loss_iou"},
@@ -94,6 +96,12 @@ def test_values_reach_the_choices():
     assert (quality.alpha, quality.gamma, quality.weight) == (0.5, 1.0, 3.0)
     assert quality.quality_weight == 4.0
     assert (model.head.box.prior, model.head.box.kl_weight) == (3.0, 5.0)
+
+    model = build_gfl("vfl", "general", "atss", "MODEL.GFL.VFL_ALPHA", 0.5, "MODEL.GFL.VFL_GAMMA",
+                  1.0, "MODEL.GFL.LOSS_CLS_WEIGHT", 3.0)  # fmt: skip
+    quality = model.head.quality
+    assert (quality.alpha, quality.gamma, quality.weight) == (0.5, 1.0, 3.0)
+    assert build_gfl("mal", "general", "atss", "MODEL.GFL.MAL_GAMMA", 2.0).head.quality.gamma == 2.0
 
 
 # Table 1a, ATSS column; table 2a, ATSS column; table 3.

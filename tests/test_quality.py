@@ -24,10 +24,12 @@ from gfl_d2.modeling import (
     JointQuality,
     Levels,
     LocationGrid,
+    MatchabilityAwareQuality,
     Matches,
     NoQuality,
     Predictions,
     Samples,
+    VarifocalQuality,
     centerness,
     joint_logits,
 )
@@ -131,6 +133,26 @@ def focal_loss(logits, samples, alpha=0.25):
     return losses
 
 
+def score_loss(quality, loss_of):
+    """The loss, and that of a plain sum over all valid locations and classes."""
+    predictions = make_predictions()
+    samples = make_samples(predictions)
+    predictions = predictions._replace(quality_logits=None)
+    samples = samples._replace(quality_logits=None)
+    (loss,) = quality.losses(predictions, LEVELS, samples).values()
+    iou, labels = spread(samples, samples.iou, 0), spread(samples, samples.classes, C)
+    logits, expected = flatten(predictions.class_logits), 0.0
+    for i, j, c in np.ndindex(N, R, C):
+        p = 1 / (1 + math.exp(-float(logits[i, j, c])))
+        q = float(iou[i, j]) if int(labels[i, j]) == c else None
+        expected += loss_of(p, q) * bool(VALID[i, j])
+    return float(loss), expected
+
+
+def cross_entropy(p, y):
+    return -(y * math.log(p) + (1 - y) * math.log(1 - p))
+
+
 class TestJointLogits:
     @given(a=finite, b=finite)
     def test_is_the_logit_of_the_product(self, a, b):
@@ -182,24 +204,34 @@ class TestCenterness:
 class TestJointQuality:
     @pytest.mark.parametrize("beta", [1.0, 2.0])
     def test_against_the_definition(self, beta):
-        predictions = make_predictions()
-        samples, quality = make_samples(predictions), JointQuality(beta=beta, weight=3.0)
-        predictions = predictions._replace(quality_logits=None)
-        samples = samples._replace(quality_logits=None)
-        losses = quality.losses(predictions, LEVELS, samples)
-        iou, labels = spread(samples, samples.iou, 0), spread(samples, samples.classes, C)
-        logits = flatten(predictions.class_logits)
-        expected = 0.0
-        for i in range(N):
-            for j in range(R):
-                for c in range(C):
-                    y = float(iou[i, j]) if int(labels[i, j]) == c else 0.0
-                    p = 1 / (1 + math.exp(-float(logits[i, j, c])))
-                    bce = -(y * math.log(p) + (1 - y) * math.log(1 - p))
-                    expected += abs(y - p) ** beta * bce * bool(VALID[i, j])
-        assert float(losses["loss_qfl"]) == pytest.approx(3 * expected, rel=1e-12)
+        quality = JointQuality(beta=beta, weight=3.0)
+        loss, expected = score_loss(
+            quality, lambda p, q: abs((q or 0) - p) ** beta * cross_entropy(p, q or 0)
+        )
+        assert loss == pytest.approx(3 * expected, rel=1e-12)
+
+    def test_weight_of_a_positive_is_its_best_score(self):
+        predictions, quality = make_predictions(), JointQuality()
+        samples = make_samples(predictions)._replace(quality_logits=None)
         best = positives(samples, predictions.class_logits).sigmoid().amax(dim=1)
         assert_close(quality.box_weights(predictions, samples)[samples.is_positive], best)
+
+
+class TestIoUAwareQualities:
+    def test_varifocal_loss(self):
+        def loss_of(p, q):
+            return 0.6 * p**3 * cross_entropy(p, 0) if q is None else q * cross_entropy(p, q)
+
+        quality = VarifocalQuality(beta=3.0, weight=2.0, alpha=0.6)
+        loss, expected = score_loss(quality, loss_of)
+        assert loss == pytest.approx(2 * expected, rel=1e-12)
+
+    def test_matchability_aware_loss(self):
+        def loss_of(p, q):
+            return p**1.5 * cross_entropy(p, 0) if q is None else cross_entropy(p, q**1.5)
+
+        loss, expected = score_loss(MatchabilityAwareQuality(weight=2.0), loss_of)
+        assert loss == pytest.approx(2 * expected, rel=1e-12)
 
 
 class TestDistributionGuidedQuality:

@@ -14,6 +14,7 @@ from .distillation import (
 from .focal_quality import CenternessBranch, CenternessGuided, IoUBranch, IoUGuided, NoQuality
 from .gfl import GFL
 from .head import GFLHead
+from .iou_aware_quality import MatchabilityAwareQuality, VarifocalQuality
 from .locations import LocationGrid
 from .losses import (
     distillation_loss,

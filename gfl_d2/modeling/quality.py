@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,8 @@ class JointQuality(Quality):
 
     beta: float = 2.0
     weight: float = 1.0
+    loss_name: ClassVar[str] = "loss_qfl"
+    negative_weight: ClassVar[float] = 1.0
 
     @property
     def gamma(self) -> float:
@@ -170,15 +173,23 @@ class JointQuality(Quality):
         return cls(beta=cfg.MODEL.GFL.QFL_BETA, weight=cfg.MODEL.GFL.LOSS_QFL_WEIGHT)
 
     def losses(self, predictions, levels, samples):
-        return self._qfl(predictions.class_logits, levels, samples)
+        maps = self.score_maps(predictions, levels)
+        background, picked, excess = self.split_loss(maps, levels, samples)
+        positives = samples.mask(self.positive_loss(picked, samples.iou.to(picked)))
+        loss = self.negative_weight * (background - excess.sum()) + positives.sum()
+        return {self.loss_name: self.weight * loss}
 
-    def _qfl(self, logits: list[Tensor], levels: Levels, samples: Samples) -> dict[str, Tensor]:
-        background, picked, excess = self.split_loss(logits, levels, samples)
-        # One column: the labelled class.
-        labels = torch.zeros_like(samples.classes)
-        positives = quality_focal_loss(picked[:, None], labels, samples.iou, self.beta)[:, 0]
-        loss = background + (samples.mask(positives) - excess).sum()
-        return {"loss_qfl": self.weight * loss}
+    def positive_loss(self, logits: Tensor, quality: Tensor) -> Tensor:
+        """
+        The loss of each positive's own class, shape (P,). All other logits have that of a
+        background, times ``negative_weight``.
+
+        Args:
+            logits: shape (P,), in float32 or better.
+            quality: shape (P,), IoU of the predicted with the ground-truth box.
+        """
+        labels = torch.zeros_like(logits, dtype=torch.int64)  # one column: the labelled class
+        return quality_focal_loss(logits[:, None], labels, quality, self.beta)[:, 0]
 
     @torch.no_grad()
     def box_weights(self, predictions, samples):
@@ -224,9 +235,6 @@ class DistributionGuidedQuality(JointQuality):
 
     def build_predictor(self, channels, box):
         return DistributionGuidedQualityPredictor(box.num_values, self.topk, self.channels)
-
-    def losses(self, predictions, levels, samples):
-        return self._qfl(self.score_maps(predictions, levels), levels, samples)
 
 
 class DistributionGuidedQualityPredictor(nn.Sequential):
