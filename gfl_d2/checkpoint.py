@@ -38,6 +38,8 @@ _OPTIONAL = re.compile(
 # ends of their names, keep these names where they fit nothing. Their classifier ("fc") may.
 _RESNET_LAYER = re.compile(r"(^|\.)(stem\.conv\d|res\d\.\d+)\.")
 _RESNET = "backbone.bottom_up"
+# What training alone uses of a GFL: parameters of an assigner.
+_TRAINING_ONLY = "assigner."
 
 
 class GFLCheckpointer(DetectionCheckpointer):
@@ -48,7 +50,8 @@ class GFLCheckpointer(DetectionCheckpointer):
     A model for fine-tuning may start from a detector with another number of classes (the
     classifier then starts anew), or from a file that lacks whole parts of it, such as ImageNet
     weights, which have neither FPN nor head. A part of which only some parameters fit is an error.
-    For evaluation, and to resume training, every parameter has to be there and fit.
+    For evaluation, and to resume training, every parameter has to be there and fit. Those of an
+    assigner, which only training uses, may be missing in evaluation, in the file or in the model.
 
     Files are written whole or not at all: after a kill at any time, ``last_checkpoint`` names a
     checkpoint that can be loaded.
@@ -72,6 +75,7 @@ class GFLCheckpointer(DetectionCheckpointer):
         self.description = dict(description or {})
         self.path_manager = _AtomicPathManager()
         self.complete = complete
+        self._is_resuming = False
         self._path = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -80,7 +84,7 @@ class GFLCheckpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As :meth:`load`, from the last checkpoint in ``save_dir`` if there is one to resume."""
         if resume and self.has_checkpoint():
-            self.complete = True
+            self.complete = self._is_resuming = True
         return super().resume_or_load(path, resume=resume)
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
@@ -126,6 +130,11 @@ class GFLCheckpointer(DetectionCheckpointer):
         ]
         if self.complete:
             missing = [name for name in missing if not name.endswith(".num_batches_tracked")]
+            if not self._is_resuming:
+                missing, unexpected = (
+                    [name for name in names if not name.startswith(_TRAINING_ONLY)]
+                    for names in (missing, unexpected)
+                )
         else:
             wrong, missing, unexpected = self._gaps(wrong, missing, unexpected)
         shapes = [f"{name} is {there}, not {here}" for name, (there, here) in wrong.items()]

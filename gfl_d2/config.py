@@ -129,10 +129,15 @@ def add_gfl_config(cfg: CN) -> None:
     # Anchor centres at ((i + 1/2) * stride - 1/2, ...) instead: those of the authors' first code
     # base, whose checkpoints need it. Only with MODEL.ANCHOR_GENERATOR.OFFSET 0.0.
     cfg.MODEL.GFL.LEGACY_ANCHOR_CENTERS = False
-    # "atss", or "dynamic_atss", which adds the IoUs of the predicted boxes to those of the anchors.
+    # "atss"; "dynamic_atss", which adds the IoUs of the predicted boxes to those of the anchors; or
+    # "sapd": all locations near the middle of a box, weighted, on levels that a network chooses.
     cfg.MODEL.GFL.ASSIGNER = "atss"
     # Candidates per level and ground-truth box in the ATSS assignment, >= 1.
     cfg.MODEL.GFL.ATSS_TOPK = 9
+    # Of "sapd": the part of a box's width and height in which its locations lie, in (0, 1], and how
+    # many levels it learns on, >= 1. Until half of SOLVER.MAX_ITER that is one.
+    cfg.MODEL.GFL.SAPD_SHRINK = 0.2
+    cfg.MODEL.GFL.SAPD_LEVELS = 3
 
     # Exponent beta of the modulating factor |y - sigma|^beta of QFL ("joint", "dgqp"): 0, or >= 1.
     cfg.MODEL.GFL.QFL_BETA = 2.0
@@ -144,14 +149,18 @@ def add_gfl_config(cfg: CN) -> None:
     # Focal loss, for any other QUALITY: alpha in [0, 1], or negative for none; gamma 0, or >= 1.
     cfg.MODEL.GFL.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.GFL.FOCAL_LOSS_GAMMA = 2.0
+    # Loss of the decoded box: "giou", 1 - GIoU, or "iou", -ln IoU.
+    cfg.MODEL.GFL.BBOX_REG_LOSS_TYPE = "giou"
     # Weights of the losses, >= 0: QFL; focal loss, that of "vfl" and of "mal"; that of the
-    # "centerness" or "iou" branch; GIoU; DFL ("general"; 0 for none); the KL loss of "gaussian".
+    # "centerness" or "iou" branch; the decoded box; DFL ("general"; 0 for none); the KL loss of
+    # "gaussian"; the cross-entropy of the network that chooses levels ("sapd").
     cfg.MODEL.GFL.LOSS_QFL_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_CLS_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_QUALITY_WEIGHT = 1.0
     cfg.MODEL.GFL.LOSS_BBOX_WEIGHT = 2.0
     cfg.MODEL.GFL.LOSS_DFL_WEIGHT = 0.25
     cfg.MODEL.GFL.LOSS_KL_WEIGHT = 0.25
+    cfg.MODEL.GFL.LOSS_LEVEL_WEIGHT = 0.1
     # Lower bound, > 0, of the sum of the positives' weights by which the box losses are divided. In
     # "joint" and "dgqp" the weights are scores.
     # 1.0 is the reference implementation's. It shrinks both box losses while that sum is smaller,

@@ -33,6 +33,7 @@ _COMPILE_MODES = (
 )  # fmt: skip
 _CHOICES = {
     "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
+    "MODEL.GFL.BBOX_REG_LOSS_TYPE": ("giou", "iou"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     "SOLVER.COMPILE": _COMPILE_MODES,
     "TEST.AUG.MERGE": ("nms", "vote"),
@@ -41,17 +42,15 @@ _CHOICES = {
 }
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _SAMPLERS_OF_MAIN = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
-_LOSS_WEIGHTS = [f"LOSS_{name}_WEIGHT" for name in ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL")]
-_DISTILL_WEIGHTS = [f"DISTILL.{x}_WEIGHT" for x in ("LD", "VLR", "KD", "BCKD_CLS", "BCKD_BOX")]
+_LOSSES = ("QFL", "CLS", "QUALITY", "BBOX", "DFL", "KL", "LEVEL")
+_WEIGHTS = [f"LOSS_{name}_WEIGHT" for name in _LOSSES]
+_WEIGHTS += [f"DISTILL.{x}_WEIGHT" for x in ("LD", "VLR", "KD", "BCKD_CLS", "BCKD_BOX")]
 # Keys of MODEL.GFL, what their values must be, and whether a value is that.
 _RANGES = (
     (["CONV_DIM", "REG_MAX", "DGQP_TOPK", "DGQP_CHANNELS"], ">= 1", lambda x: x >= 1),
-    (["ATSS_TOPK", "TOPK_CANDIDATES_TEST"], ">= 1", lambda x: x >= 1),
-    (
-        ["NUM_CLASSES", "NUM_CONVS", "VFL_ALPHA", *_LOSS_WEIGHTS, *_DISTILL_WEIGHTS],
-        ">= 0",
-        lambda x: x >= 0,
-    ),
+    (["ATSS_TOPK", "SAPD_LEVELS", "TOPK_CANDIDATES_TEST"], ">= 1", lambda x: x >= 1),
+    (["SAPD_SHRINK"], "in (0, 1]", lambda x: 0 < x <= 1),
+    (["NUM_CLASSES", "NUM_CONVS", "VFL_ALPHA", *_WEIGHTS], ">= 0", lambda x: x >= 0),
     (["BIN_WIDTH", "ANCHOR_SCALE", "BOX_NORMALIZER_MIN"], "> 0", lambda x: x > 0),
     (["DISTILL.LD_TEMPERATURE", "DISTILL.KD_TEMPERATURE"], "> 0", lambda x: x > 0),
     (["IN_FEATURES"], "a list of at least one feature name", lambda x: len(x) >= 1),
@@ -114,7 +113,7 @@ def check_gfl_config(cfg: CfgNode) -> None:
     allowed = f"False when MODEL.GFL.BOX_REPRESENTATION is {gfl.BOX_REPRESENTATION!r}"
     is_known = box.has_uncertainty or not cfg.TEST.UNCERTAINTY
     require(cfg, "TEST.UNCERTAINTY", is_known, f"{allowed}, which predicts no distribution")
-    ASSIGNER_REGISTRY.get(gfl.ASSIGNER).from_config(cfg)
+    ASSIGNER_REGISTRY.get(gfl.ASSIGNER)
     calibration = read_calibration(cfg)
     if calibration and gfl.NUM_CLASSES:
         number = len(calibration.thing_classes)

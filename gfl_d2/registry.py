@@ -24,7 +24,10 @@ class Registry(FvcoreRegistry):
     """
 
     def register(self, name: str) -> Callable[[type], type]:
-        """A decorator that registers a class, which has a class method ``from_config(cfg)``."""
+        """
+        A decorator that registers a class, which has a class method ``from_config(cfg)``, an
+        assigner ``from_config(cfg, input_shape)``: the shape of each level's feature.
+        """
 
         def register(cls: type) -> type:
             self._do_register(name, cls)

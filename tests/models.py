@@ -35,14 +35,16 @@ NAMES = tuple(f"p{i}" for i in range(3, 8))
 QUALITIES = (
     "joint", "dgqp", "vfl", "mal", "none", "centerness", "iou", "centerness_guided", "iou_guided"
 )  # fmt: skip
-# Every combination of MODEL.GFL.QUALITY, BOX_REPRESENTATION and ASSIGNER.
+# Some for the assigner "sapd", the first those of the paper.
+OF_SAPD = (("none", "dirac"), ("dgqp", "general"), ("iou_guided", "gaussian"), ("mal", "dirac"))
+# Combinations of MODEL.GFL.QUALITY, BOX_REPRESENTATION and ASSIGNER: every one but of "sapd".
 CHOICES = [
     (quality, box, assigner)
     for quality in QUALITIES
     for box in ("general", "dirac", "gaussian")
     for assigner in ("atss", "dynamic_atss")
     if quality != "dgqp" or box == "general"
-]
+] + [(quality, box, "sapd") for quality, box in OF_SAPD]
 
 
 # Every term of distillation, for those that take one combination.
@@ -154,7 +156,7 @@ def gfl_of_choices(features: list[torch.Tensor], *choices: str) -> GFL:
         conv_dim=64,
         box=build_box_representation(cfg),
         quality=build_quality(cfg),
-        assigner=build_assigner(cfg),
+        assigner=build_assigner(cfg, list(GivenFeatures(features).output_shape().values())),
         criterion={"distillation": build_distillation(cfg)},
     )
 

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from gfl_d2 import load_config
 from gfl_d2.errors import InputError
-from models import build_gfl, make_input
+from models import OF_SAPD, build_gfl, make_input
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ROWS = sorted(p for p in (CONFIGS / "ablations").glob("*.yaml") if not p.stem.startswith("Base"))
@@ -39,7 +39,8 @@ NUM_VALUES = {"general": 17, "dirac": 1, "gaussian": 2}
         choice
         for choice in itertools.product(QUALITIES, BOXES, ("atss", "dynamic_atss"))
         if choice[0] != "dgqp" or choice[1] == "general"
-    ],
+    ]
+    + [(*choice, "sapd") for choice in OF_SAPD],
 )
 def test_every_combination_trains_and_detects(quality, box, assigner):
     model = build_gfl(quality, box, assigner, "MODEL.GFL.SCORE_THRESH_TEST", 0.001).train()
@@ -48,7 +49,8 @@ def test_every_combination_trains_and_detects(quality, box, assigner):
     for _ in range(2):
         with EventStorage():
             losses = model(inputs)
-        assert set(losses) == QUALITIES[quality] | BOXES[box] | {"loss_bbox"}
+        of_assigner = {"loss_level"} if assigner == "sapd" else set()
+        assert set(losses) == QUALITIES[quality] | BOXES[box] | {"loss_bbox"} | of_assigner
         assert all(loss.isfinite() for loss in losses.values())
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -123,8 +125,15 @@ PUBLISHED = {
 }
 
 
+# What they are compared with, and the published AP on test-dev.
+SAPD = {
+    "sapd_R_50_FPN_1x": ("gfl_R_50_FPN_1x", "41.7"),
+    "sapd_R_101_FPN_ms_2x": ("gfl_R_101_FPN_ms_2x", "43.5"),
+}
+
+
 def test_every_row_has_a_config():
-    assert {row.stem for row in ROWS} == {*PUBLISHED, "dynamic_atss"}
+    assert {row.stem for row in ROWS} == {*PUBLISHED, "dynamic_atss", *SAPD}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -141,8 +150,25 @@ def test_rows_change_nothing_else():
     """Schedule, data and backbone are those of gfl_R_50_FPN_1x."""
     base = load_config(str(CONFIGS / "gfl_R_50_FPN_1x.yaml"))
     for row in ROWS:
+        if row.stem in SAPD:
+            continue
         cfg = load_config(str(row))
         for key in ("QUALITY", "BOX_REPRESENTATION", "ASSIGNER", "LOSS_DFL_WEIGHT"):
             cfg.defrost()
             cfg.MODEL.GFL[key] = base.MODEL.GFL[key]
         assert cfg == base, row.stem
+
+
+@pytest.mark.parametrize("name", SAPD)
+def test_row_of_sapd(name):
+    path, (base, ap) = CONFIGS / "ablations" / f"{name}.yaml", SAPD[name]
+    assert f"{ap} " in path.read_text()
+    cfg, expected = load_config(str(path)), load_config(str(CONFIGS / f"{base}.yaml"))
+    expected.defrost()
+    expected.MODEL.ANCHOR_GENERATOR.OFFSET = 0.5
+    gfl = expected.MODEL.GFL
+    gfl.ASSIGNER, gfl.QUALITY, gfl.BOX_REPRESENTATION = "sapd", "none", "dirac"
+    gfl.BBOX_REG_LOSS_TYPE, gfl.LOSS_BBOX_WEIGHT = "iou", 1.0
+    assert cfg == expected
+    assert (gfl.ANCHOR_SCALE / 2, gfl.FOCAL_LOSS_ALPHA, gfl.FOCAL_LOSS_GAMMA) == (4.0, 0.25, 2.0)
+    assert (gfl.SAPD_SHRINK, gfl.SAPD_LEVELS, gfl.LOSS_LEVEL_WEIGHT) == (0.2, 3, 0.1)

@@ -16,6 +16,8 @@ from gfl_d2.modeling import (
     GroundTruth,
     Levels,
     LocationGrid,
+    Outputs,
+    Predictions,
 )
 from plain_assigner import dense, plain_atss
 
@@ -56,7 +58,8 @@ def ground_truth(*boxes_per_image: Boxes) -> GroundTruth:
 
 def assign(levels, gt, assigner=None, predict=None):
     """Of one image: shape (R,), the number of the box of each anchor, or -1."""
-    matches = (assigner or ATSSAssigner())(levels, ground_truth(gt), predict)
+    outputs = None if predict is None else Outputs([], Predictions([], []), predict, 0)
+    matches = (assigner or ATSSAssigner())(levels, ground_truth(gt), outputs)
     (matched,) = dense(matches, levels)
     return matched
 
@@ -174,7 +177,7 @@ def test_dynamic_with_predictions_far_from_everything_is_atss(seed):
 
 
 def test_dynamic_needs_predictions():
-    with pytest.raises(ValueError, match="predict"):
+    with pytest.raises(ValueError, match="outputs"):
         assign(make_levels(64, 64), random_gt(2, 64, 64, seed=0), DynamicATSSAssigner())
 
 

@@ -23,9 +23,10 @@ def random_case(seed, shape, num_picked, padding, dtype=torch.float32):
     return logits, valid, index
 
 
-def plain(logits, valid, gamma):
+def plain(logits, valid, gamma, weights=None):
     labels = torch.full((int(valid.sum()),), logits.shape[1])
-    return quality_focal_loss(logits[valid], labels, torch.zeros(len(labels)), gamma, "sum")
+    loss = quality_focal_loss(logits[valid], labels, torch.zeros(len(labels)), gamma)
+    return (loss if weights is None else weights[valid, None] * loss).sum()
 
 
 @given(
@@ -35,14 +36,17 @@ def plain(logits, valid, gamma):
     gamma=st.sampled_from([0.0, 1.0, 2.0, 2.5]),
     padding=st.sampled_from([0.0, 0.5]),
     part=st.sampled_from([1, 100, 2**16]),
+    is_weighted=st.booleans(),
 )
 @settings(max_examples=150)
-def test_equals_the_plain_form(seed, shape, num_picked, gamma, padding, part):
+def test_equals_the_plain_form(seed, shape, num_picked, gamma, padding, part, is_weighted):
     logits, valid, index = random_case(seed, shape, num_picked, padding)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(shape[0], generator=generator) if is_weighted else None
     results = []
     for compute in (
-        lambda x: background_loss(x, valid, index, gamma),
-        lambda x: (plain(x.double(), valid, gamma), x.double()[index]),
+        lambda x: background_loss(x, valid, index, gamma, weights),
+        lambda x: (plain(x.double(), valid, gamma, weights), x.double()[index]),
     ):
         x = logits.clone().requires_grad_()
         with mock.patch("gfl_d2.modeling.background_loss._PART", part):
@@ -103,8 +107,9 @@ def test_gradient_can_be_taken_twice():
     """Of the same graph: what is kept for it is not used up."""
     logits, valid, index = random_case(0, (60, 4), 8, 0.3)
     logits.requires_grad_()
-    loss, picked = background_loss(logits, valid, index, 2.0)
+    weights = torch.linspace(0, 1, 60)
+    loss, picked = background_loss(logits, valid, index, 2.0, weights)
     for factor in (0.5, 2.0):
         (grad,) = torch.autograd.grad(factor * loss + picked.sum(), logits, retain_graph=True)
-        exact = factor * plain(logits, valid, 2.0) + logits[index].sum()
+        exact = factor * plain(logits, valid, 2.0, weights) + logits[index].sum()
         assert_close(grad, torch.autograd.grad(exact, logits)[0])

@@ -18,6 +18,7 @@ from gfl_d2.modeling import (
     distribution_focal_loss,
     giou_loss,
     integral,
+    iou_loss,
     quality_focal_loss,
 )
 
@@ -173,6 +174,20 @@ class TestBoxes:
     def test_giou_gradient(self):
         boxes, target = random_boxes(8, 0).requires_grad_(), random_boxes(8, 1)
         assert gradcheck(lambda x: giou_loss(x, target), (boxes,))
+
+    @given(seed=seeds)
+    def test_iou_loss_is_the_logarithm(self, seed):
+        boxes, target = random_boxes(20, seed), random_boxes(20, seed + 1)
+        expected = -box_iou(boxes, target).diagonal().clamp(min=1e-6).log()
+        assert_close(iou_loss(boxes, target), expected)
+        assert_close(iou_loss(boxes, target, "sum"), expected.sum())
+
+    def test_iou_loss_of_boxes_apart_is_finite_and_has_no_gradient(self):
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]], requires_grad=True)
+        loss = iou_loss(boxes, boxes.detach() + 5)
+        loss.sum().backward()
+        assert (loss > 13).all()
+        assert (boxes.grad == 0).all()
 
     def test_giou_without_area_is_finite(self):
         boxes = torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 9.0]], requires_grad=True)

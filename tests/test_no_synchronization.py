@@ -49,6 +49,15 @@ def test_no_value_is_waited_for(choices, device):
     assert all(loss.shape == () and loss.device.type == device for loss in losses.values())
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("num_boxes", [(3, 0), (0, 0)])
+def test_no_value_is_waited_for_when_levels_are_chosen_softly(num_boxes, device):
+    """SAPD, from half of the schedule on."""
+    choices = ("none", "dirac", "sapd", "SOLVER.MAX_ITER", 2)
+    losses = train(num_boxes, *choices, device=device, first_iteration=1)
+    assert set(losses) == {"loss_cls", "loss_bbox", "loss_level"}
+
+
 def test_no_value_is_waited_for_without_boxes():
     assert set(train((0, 0), "joint", "general")) == {"loss_qfl", "loss_bbox", "loss_dfl"}
 

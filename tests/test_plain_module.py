@@ -20,6 +20,7 @@ from models import CHOICES, WITH_RESNET, build_gfl, make_input, small_config
 
 COMBINATIONS = [
     *(choices for choices in CHOICES if choices[2] == "atss"),
+    ("none", "general", "sapd"),
     ("joint", "general", "atss", *WITH_RESNET),
     ("dgqp", "general", "atss", *WITH_RESNET),
 ]

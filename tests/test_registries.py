@@ -46,11 +46,48 @@ class Softplus(BoxRepresentation):
 class NearestAssigner(ATSSAssigner):
     """A box gets the location of each level that is nearest to it."""
 
-    def forward(self, levels, gt, predict=None):
-        matches = super().forward(levels, gt, predict)
+    def forward(self, levels, gt, outputs=None):
+        matches = super().forward(levels, gt, outputs)
         is_nearest = torch.zeros_like(matches.is_positive)
         is_nearest[:, :, 0] = True
         return matches._replace(is_positive=is_nearest)
+
+
+@ASSIGNER_REGISTRY.register("toy_weights")
+class WeighingAssigner(NearestAssigner):
+    """Every positive weighs 3. What it learns of the features is a loss of its own."""
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        assigner = super().from_config(cfg, input_shape)
+        assigner.factor = torch.nn.Parameter(torch.full((len(input_shape),), 2.0))
+        return assigner
+
+    def forward(self, levels, gt, outputs=None):
+        matches = super().forward(levels, gt, outputs)
+        means = torch.stack([x.mean() for x in outputs.features])
+        loss = (self.factor * means).square().mean() * (outputs.iteration + 1)
+        weight = torch.full(matches.row.shape, 3.0)
+        return matches._replace(weight=weight, losses={"loss_of_assigner": loss})
+
+
+def test_an_assigner_may_weigh_positives_and_learn():
+    losses = {}
+    for name in ("toy_assigner", "toy_weights"):
+        model = build_gfl("none", "dirac", name, *WITH_RESNET).train()
+        for iteration in (0, 1):
+            with EventStorage(iteration):
+                losses[name, iteration] = model([make_input(), make_input([])])
+    plain, weighted = losses["toy_assigner", 1], losses["toy_weights", 1]
+    # The weights and their sum cancel in the boxes' loss. In the classes' the background is left:
+    # (background + 3 * positives) / 30, where it was (background + positives) / 11.
+    assert torch.allclose(weighted["loss_bbox"], plain["loss_bbox"], rtol=1e-5)
+    positives = (30 * weighted["loss_cls"] - 11 * plain["loss_cls"]) / 2
+    assert 0 < positives < 11 * plain["loss_cls"]
+    first = losses["toy_weights", 0]["loss_of_assigner"]
+    assert torch.allclose(weighted["loss_of_assigner"], 2 * first, rtol=1e-5)
+    sum(weighted.values()).backward()
+    assert (model.assigner.factor.grad != 0).all()
 
 
 def test_registered_choices_train():

@@ -57,7 +57,7 @@ def assign_boxes(
     """
     Assign anchors to the boxes of some images, as training with this config does, at its input
     sizes. Boxes without area there, and crowds, which do not take part in training, must not be in
-    the table. With "dynamic_atss", which needs a trained model, all its boxes count as equal.
+    the table. "dynamic_atss" and "sapd" need a trained model: what is found is of "atss".
 
     Args:
         images: rows of the table's images; each has a box.

@@ -27,6 +27,7 @@ from ..config import choose_device
 from ..config_checks import check_calibration
 from ..data import to_array
 from ..errors import InputError
+from ..modeling import GFL
 from .compilation import compile_parts
 from .fusing import fuse_norms
 from .tta import DenseDetectorWithTTA, input_config, uses_views
@@ -209,6 +210,8 @@ def prepare_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
     :func:`input_config`.
     """
     model.eval()
+    if isinstance(model, GFL):
+        model.assigner = None  # only training uses it
     device_type = next(model.parameters()).device.type
     if cfg.TEST.OPTIMIZE:
         fuse_norms(model)

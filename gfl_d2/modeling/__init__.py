@@ -21,7 +21,9 @@ from .losses import (
     distribution_focal_loss,
     gaussian_kl_loss,
     giou_loss,
+    iou_loss,
     quality_focal_loss,
 )
 from .quality import DistributionGuidedQuality, JointQuality, Quality, joint_logits
-from .structures import GroundTruth, Levels, Matches, Predictions, Samples
+from .sapd import LevelSelector, SAPDAssigner
+from .structures import GroundTruth, Levels, Matches, Outputs, Predictions, Samples

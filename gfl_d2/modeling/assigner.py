@@ -1,24 +1,26 @@
 """
-Adaptive Training Sample Selection: which locations answer for which ground-truth box. The choices
-of ``MODEL.GFL.ASSIGNER``.
+Which locations answer for which ground-truth box: Adaptive Training Sample Selection, the choices
+"atss" and "dynamic_atss" of ``MODEL.GFL.ASSIGNER``.
 """
 
 from __future__ import annotations
 
-from typing import Callable
-
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..registry import ASSIGNER_REGISTRY
 from .box_ops import aligned_iou, bbox_to_distance
-from .structures import GroundTruth, Levels, Matches
+from .structures import GroundTruth, Levels, Matches, Outputs
 
-__all__ = ["ATSSAssigner", "DynamicATSSAssigner", "build_assigner"]
+__all__ = [
+    "MIN_CENTER_DISTANCE", "ATSSAssigner", "DynamicATSSAssigner", "build_assigner",
+    "resolve_conflicts",
+]  # fmt: skip
 
 # A location is positive only if its distance to every side of the box exceeds this, in pixels.
-_MIN_CENTER_DISTANCE = 0.01
+MIN_CENTER_DISTANCE = 0.01
 
 
 @ASSIGNER_REGISTRY.register("atss")
@@ -57,37 +59,31 @@ class ATSSAssigner(nn.Module):
         self.register_buffer("offsets", _offsets(topk), persistent=False)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> ATSSAssigner:
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec] | None = None) -> ATSSAssigner:
         return cls(topk=cfg.MODEL.GFL.ATSS_TOPK)
 
     @torch.no_grad()
-    def forward(
-        self,
-        levels: Levels,
-        gt: GroundTruth,
-        predict: Callable[[Matches], Tensor] | None = None,
-    ) -> Matches:
+    def forward(self, levels: Levels, gt: GroundTruth, outputs: Outputs | None = None) -> Matches:
         """
         Args:
             levels: where the locations are.
             gt: the boxes to assign them to.
-            predict: gives the boxes, shape (M, L, k, 4), in pixels, that are predicted at
-                candidates. Not needed here.
+            outputs: of the network, for the same batch. Not needed here.
         """
         cells, is_candidate = self._nearest_cells(levels, gt)
         column, row = cells.long().unbind(dim=-1)
         matches = Matches(gt.image, row, column, is_candidate)
         centers = levels.centers(row, column)
         boxes = gt.boxes[:, None, None]
-        ious = self._ious(levels, centers, boxes, matches, predict)
+        ious = self._ious(levels, centers, boxes, matches, outputs)
         thresholds = [_threshold(x, is_candidate) for x in ious]
         iou, threshold = sum(ious), sum(thresholds)
-        is_inside = bbox_to_distance(centers, boxes).amin(dim=-1) > _MIN_CENTER_DISTANCE
+        is_inside = bbox_to_distance(centers, boxes).amin(dim=-1) > MIN_CENTER_DISTANCE
         matches = matches._replace(
             is_positive=is_candidate & is_inside & (iou >= threshold),
             iou_threshold=thresholds[0].flatten(),
         )
-        return matches._replace(is_positive=_resolve_conflicts(matches, iou, levels))
+        return matches._replace(is_positive=resolve_conflicts(matches, iou, levels))
 
     def _nearest_cells(self, levels: Levels, gt: GroundTruth) -> tuple[Tensor, Tensor]:
         """
@@ -118,7 +114,7 @@ class ATSSAssigner(nn.Module):
         centers: Tensor,
         boxes: Tensor,
         matches: Matches,
-        predict: Callable[[Matches], Tensor] | None,
+        outputs: Outputs | None,
     ) -> list[Tensor]:
         """
         The measures, each of shape (M, L, k), the anchors' IoU first. Positives are chosen by
@@ -127,7 +123,7 @@ class ATSSAssigner(nn.Module):
         Args:
             centers: shape (M, L, k, 2), of the candidates.
             boxes: shape (M, 1, 1, 4), the ground truth.
-            predict: as in :meth:`forward`.
+            outputs: as in :meth:`forward`.
         """
         half = levels.anchor_sizes[:, None, None] / 2
         return [aligned_iou(torch.cat((centers - half, centers + half), dim=-1), boxes)]
@@ -141,16 +137,16 @@ class DynamicATSSAssigner(ATSSAssigner):
     of their means and standard deviations.
     """
 
-    def _ious(self, levels, centers, boxes, matches, predict):
-        if predict is None:
-            raise ValueError("DynamicATSSAssigner needs `predict`, which gives predicted boxes")
-        ious = super()._ious(levels, centers, boxes, matches, predict)
-        return [*ious, aligned_iou(predict(matches), boxes)]
+    def _ious(self, levels, centers, boxes, matches, outputs):
+        if outputs is None:
+            raise ValueError("DynamicATSSAssigner needs the `outputs` of the network")
+        ious = super()._ious(levels, centers, boxes, matches, outputs)
+        return [*ious, aligned_iou(outputs.predict(matches), boxes)]
 
 
-def build_assigner(cfg: CfgNode) -> nn.Module:
-    """The choice of ``MODEL.GFL.ASSIGNER``."""
-    return ASSIGNER_REGISTRY.get(cfg.MODEL.GFL.ASSIGNER).from_config(cfg)
+def build_assigner(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
+    """The choice of ``MODEL.GFL.ASSIGNER``, for features of these shapes, one a level."""
+    return ASSIGNER_REGISTRY.get(cfg.MODEL.GFL.ASSIGNER).from_config(cfg, input_shape)
 
 
 def _offsets(topk: int) -> Tensor:
@@ -178,14 +174,14 @@ def _threshold(iou: Tensor, is_candidate: Tensor) -> Tensor:
     return mean + (squares / (count - 1).clamp(min=1)).sqrt()
 
 
-def _resolve_conflicts(matches: Matches, iou: Tensor, levels: Levels) -> Tensor:
+def resolve_conflicts(matches: Matches, rank: Tensor, levels: Levels) -> Tensor:
     """
-    Of the boxes that a location is positive for, it keeps the one of highest IoU, of equals the
+    Of the boxes that a location is positive for, it keeps the one of highest rank, of equals the
     first.
 
     Args:
         matches: ``is_positive`` may have conflicts.
-        iou: shape (M, L, k).
+        rank: shape (M, L, k), >= 0, such as an IoU.
 
     Returns:
         Tensor: shape (M, L, k), bool.
@@ -196,10 +192,10 @@ def _resolve_conflicts(matches: Matches, iou: Tensor, levels: Levels) -> Tensor:
         places.append(matches.places(i, shape) + num_places)
         num_places += len(levels.valid_sizes) * shape[0] * shape[1]
     place = torch.stack(places, dim=1)  # (M, L, k), one number for each location of the batch
-    iou = torch.where(is_positive, iou, -1)
-    best_iou = iou.new_full((num_places,), -1)
-    best_iou.scatter_reduce_(0, place.flatten(), iou.flatten(), "amax")
-    is_best = is_positive & (iou == best_iou[place])
+    rank = torch.where(is_positive, rank, -1)
+    best = rank.new_full((num_places,), -1)
+    best.scatter_reduce_(0, place.flatten(), rank.flatten(), "amax")
+    is_best = is_positive & (rank == best[place])
     box = torch.arange(len(place), device=place.device)[:, None, None]
     box = torch.where(is_best, box, len(place))
     first_box = box.new_full((num_places,), len(place))

@@ -12,11 +12,14 @@ from .box_ops import aligned_iou, bbox_to_distance, distance_to_bbox
 from .box_representation import BoxRepresentation, GeneralDistribution
 from .distillation import Comparison, DistillationTerm
 from .distributed import all_reduce_mean
-from .losses import giou_loss
+from .losses import giou_loss, iou_loss
 from .quality import JointQuality, Quality
 from .structures import GroundTruth, Levels, Matches, Predictions, Samples
 
 __all__ = ["GFLCriterion", "collect_samples"]
+
+# By MODEL.GFL.BBOX_REG_LOSS_TYPE.
+_BBOX_LOSSES = {"giou": giou_loss, "iou": iou_loss}
 
 
 def collect_samples(
@@ -62,6 +65,7 @@ def collect_samples(
         gt_boxes=gt_boxes.flatten(0, 2),
         gt_distances=bbox_to_distance(centers, gt_boxes).flatten(0, 2),
         iou=aligned_iou(boxes.detach(), gt_boxes).flatten(),
+        weight=None if matches.weight is None else matches.weight.flatten(),
     )
 
 
@@ -74,6 +78,9 @@ class GFLCriterion(nn.Module):
       and divided by the sum of the weights;
     - those of ``distillation``, which compare with the predictions of a teacher.
 
+    If the assigner gives the positives weights, these weigh all of it, and their sum is the number
+    of positives.
+
     Both divisors are means over the processes. The criterion has no parameters.
     """
 
@@ -82,6 +89,7 @@ class GFLCriterion(nn.Module):
         *,
         box: BoxRepresentation = GeneralDistribution(),
         quality: Quality = JointQuality(),
+        bbox_loss: str = "giou",
         bbox_weight: float = 2.0,
         box_normalizer_min: float = 1.0,
         distillation: Sequence[DistillationTerm] = (),
@@ -89,13 +97,15 @@ class GFLCriterion(nn.Module):
         """
         Args:
             box, quality: those of the head.
-            bbox_weight: weight of the GIoU loss.
+            bbox_loss: of decoded boxes, "giou" or "iou".
+            bbox_weight: weight of that loss.
             box_normalizer_min: lower bound of the sum of the weights.
             distillation: terms that need a teacher.
         """
         super().__init__()
         self.box = box
         self.quality = quality
+        self.bbox_loss = _BBOX_LOSSES[bbox_loss]
         self.bbox_weight = bbox_weight
         self.box_normalizer_min = box_normalizer_min
         self.distillation = list(distillation)
@@ -130,14 +140,13 @@ class GFLCriterion(nn.Module):
             )
         score_terms = self.quality.losses(predictions, levels, samples)
         box_terms = {
-            "loss_bbox": self.bbox_weight * giou_loss(samples.boxes, samples.gt_boxes),
+            "loss_bbox": self.bbox_weight * self.bbox_loss(samples.boxes, samples.gt_boxes),
             **self.box.losses(samples.box_values, samples.gt_distances),
         }
-        weights = samples.mask(self.quality.box_weights(predictions, samples))
-        # An image without positives counts as if it had one.
-        num_images = len(predictions.class_logits[0])
-        num_pos = count_positives(samples, num_images).to(weights).clamp(min=1).sum()
+        weights = samples.weigh(self.quality.box_weights(predictions, samples))
+        num_pos = count_positives(samples, len(predictions.class_logits[0])).to(weights)
         score_norm, box_norm = all_reduce_mean(torch.stack((num_pos, weights.sum()))).unbind()
+        score_norm = score_norm.clamp(min=1)
         box_norm = box_norm.clamp(min=self.box_normalizer_min)
         losses = {name: loss / score_norm for name, loss in score_terms.items()}
         for name, loss in box_terms.items():
@@ -159,16 +168,23 @@ class GFLCriterion(nn.Module):
         fraction of their box sides farther away than can be predicted. If the last is not small,
         objects are too large for n strides.
         """
-        num_pos = samples.is_positive.sum()
+        num_pos = samples.weigh(samples.is_positive.long()).sum()
         is_beyond = (samples.gt_distances > self.box.max_distance).sum(dim=1)
         return {
             "num_pos_per_image": num_pos / num_images,
-            "pos_quality": samples.mask(samples.iou).sum() / num_pos.clamp(min=1),
-            "frac_sides_beyond_reg_max": samples.mask(is_beyond).sum() / (4 * num_pos.clamp(min=1)),
+            "pos_quality": samples.weigh(samples.iou).sum() / num_pos.clamp(min=1),
+            "frac_sides_beyond_reg_max": samples.weigh(is_beyond).sum()
+            / (4 * num_pos.clamp(min=1)),
         }
 
 
 def count_positives(samples: Samples, num_images: int) -> Tensor:
-    """Shape (N,), int64: the positives of each image."""
+    """
+    A scalar: the positives of all images, where an image without any counts as if it had one; or
+    the sum of the weights, where positives have some.
+    """
+    if samples.weight is not None:
+        return samples.mask(samples.weight).sum()
     counts = samples.image.new_zeros(num_images)
-    return counts.index_add_(0, samples.image, samples.is_positive.long())
+    counts.index_add_(0, samples.image, samples.is_positive.long())
+    return counts.clamp(min=1).sum()

@@ -59,7 +59,7 @@ class NoQuality(Quality):
         loss = sigmoid_focal_loss(
             picked, torch.ones_like(picked), alpha=self.alpha, gamma=self.gamma
         )
-        return self.negative_weight * (whole - excess.sum()), samples.mask(loss)
+        return self.negative_weight * (whole - excess.sum()), samples.weigh(loss)
 
     def box_weights(self, predictions, samples):
         return torch.ones_like(samples.iou)
@@ -89,7 +89,7 @@ class _QualityBranch(NoQuality):
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return {
             **super().losses(predictions, levels, samples),
-            f"loss_{self.name}": self.quality_weight * samples.mask(loss).sum(),
+            f"loss_{self.name}": self.quality_weight * samples.weigh(loss).sum(),
         }
 
 
@@ -138,7 +138,7 @@ class _QualityGuided(NoQuality):
         logits = full_precision(samples.matches.take(predictions.class_logits)).flatten(0, 2)
         is_other = F.one_hot(samples.classes, logits.shape[1]) == 0
         others = (background_terms(logits, self.gamma) * is_other).sum(dim=1)
-        others = self.negative_weight * samples.mask(others)
+        others = self.negative_weight * samples.weigh(others)
         background, positives = background - others.sum(), positives + others
 
         weights = samples.mask(self.guide(samples).pow(self.eta))

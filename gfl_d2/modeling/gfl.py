@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -21,7 +23,7 @@ from .distillation import build_distillation
 from .head import GFLHead, head_input_shapes
 from .locations import LocationGrid
 from .post_processing import Candidates, Sides, select_candidates, suppress
-from .structures import GroundTruth, Levels, Matches, Predictions, Samples
+from .structures import GroundTruth, Levels, Matches, Outputs, Predictions, Samples
 from .uncertainty import measure_uncertainty, scale_uncertainty
 
 __all__ = ["GFL"]
@@ -71,7 +73,7 @@ class GFL(DenseDetector):
             head_in_features: names of the backbone's features that the head takes, from high to
                 low resolution.
             grid: where the locations of each level are.
-            assigner: called as :class:`ATSSAssigner` is.
+            assigner: called as :class:`ATSSAssigner` is, in training alone.
             criterion: computes the losses, for the same representation of box and quality as the
                 head's.
             test_score_thresh: only (location, class) pairs that score higher are kept.
@@ -122,10 +124,11 @@ class GFL(DenseDetector):
             "head": head,
             "head_in_features": list(cfg.MODEL.GFL.IN_FEATURES),
             "grid": LocationGrid.from_config(cfg, [shape.stride for shape in feature_shapes]),
-            "assigner": build_assigner(cfg),
+            "assigner": build_assigner(cfg, feature_shapes),
             "criterion": GFLCriterion(
                 box=head.box,
                 quality=head.quality,
+                bbox_loss=cfg.MODEL.GFL.BBOX_REG_LOSS_TYPE,
                 bbox_weight=cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
                 box_normalizer_min=cfg.MODEL.GFL.BOX_NORMALIZER_MIN,
                 distillation=build_distillation(cfg),
@@ -187,19 +190,17 @@ class GFL(DenseDetector):
 
         Returns:
             dict[str, Tensor]: weighted scalars, see :class:`GFLCriterion`: in GFL ``loss_qfl``,
-            ``loss_bbox`` and ``loss_dfl``.
+            ``loss_bbox`` and ``loss_dfl``; and those of the assigner, if it has any.
         """
         predictions = Predictions(*predictions)
         gt = GroundTruth.from_instances(gt_instances)
         levels = self.levels(predictions, self._image_sizes(images))
-
-        def predict(matches: Matches) -> Tensor:
-            return self._predicted_boxes(predictions, levels, matches)
-
-        matches = self.assigner(levels, gt, predict)
+        predict = functools.partial(self._predicted_boxes, predictions, levels)
+        iteration = get_event_storage().iter
+        matches = self.assigner(levels, gt, Outputs(features, predictions, predict, iteration))
         samples = collect_samples(predictions, levels, matches, gt, self.head.box)
         self._log_diagnostics(samples, num_images=len(gt_instances))
-        return self.criterion(predictions, levels, samples, teacher)
+        return self.criterion(predictions, levels, samples, teacher) | (matches.losses or {})
 
     def forward_inference(
         self,

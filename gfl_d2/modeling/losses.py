@@ -14,9 +14,12 @@ from .box_ops import MIN_AREA, box_area, iou_and_union
 from .precision import full_precision
 
 __all__ = [
-    "distillation_loss", "distribution_focal_loss", "gaussian_kl_loss", "giou_loss",
+    "distillation_loss", "distribution_focal_loss", "gaussian_kl_loss", "giou_loss", "iou_loss",
     "quality_focal_loss",
 ]  # fmt: skip
+
+# IoUs below count as this: the largest IoU loss is -ln of it.
+_MIN_IOU = 1e-6
 
 
 def quality_focal_loss(
@@ -114,6 +117,18 @@ def giou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
     right_bottom = torch.max(boxes[:, 2:], target[:, 2:])
     enclosing = box_area(left_top, right_bottom).clamp(min=MIN_AREA)
     return _reduce(1 - (iou - (enclosing - union) / enclosing), reduction)
+
+
+def iou_loss(boxes: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
+    """
+    -ln IoU (UnitBox, Yu et al., ACM Multimedia 2016) of boxes paired by position, shape (R,), in
+    [0, 13.9]: there is no gradient for boxes with an IoU below 1e-6.
+
+    Args:
+        boxes, target: shape (R, 4), XYXY in any common unit. The gradient flows to both.
+    """
+    iou, _ = iou_and_union(full_precision(boxes), full_precision(target))
+    return _reduce(-iou.clamp(min=_MIN_IOU).log(), reduction)
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

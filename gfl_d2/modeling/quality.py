@@ -112,7 +112,8 @@ class Quality(ABC):
             samples: what the predictions are compared with.
 
         Returns:
-            dict[str, Tensor]: weighted sums over all locations that are not padding.
+            dict[str, Tensor]: weighted sums over all locations that are not padding. Positives
+            count by their weights, see :meth:`Samples.weigh`.
         """
 
     @abstractmethod
@@ -145,10 +146,11 @@ class Quality(ABC):
         for i, maps in enumerate(logits):
             index = samples.matches.places(i, maps.shape), classes[:, i]
             valid = levels.valid_mask(i).flatten()
-            loss, at = background_loss(flatten_map(maps), valid, index, self.gamma)
+            weights = samples.matches.weight_map(i, maps.shape)
+            loss, at = background_loss(flatten_map(maps), valid, index, self.gamma, weights)
             total, picked = total + loss, [*picked, at]
         picked = samples.mask(torch.stack(picked, dim=1).flatten())
-        return total, picked, samples.mask(background_terms(picked, self.gamma))
+        return total, picked, samples.weigh(background_terms(picked, self.gamma))
 
 
 @QUALITY_REGISTRY.register("joint")
@@ -175,7 +177,7 @@ class JointQuality(Quality):
     def losses(self, predictions, levels, samples):
         maps = self.score_maps(predictions, levels)
         background, picked, excess = self.split_loss(maps, levels, samples)
-        positives = samples.mask(self.positive_loss(picked, samples.iou.to(picked)))
+        positives = samples.weigh(self.positive_loss(picked, samples.iou.to(picked)))
         loss = self.negative_weight * (background - excess.sum()) + positives.sum()
         return {self.loss_name: self.weight * loss}
 

@@ -7,7 +7,7 @@ ground-truth boxes over all images, k candidates per box and level, P = M * L * 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "GroundTruth",
     "Levels",
     "Matches",
+    "Outputs",
     "Predictions",
     "Samples",
     "flatten_map",
@@ -102,6 +103,8 @@ class Matches(NamedTuple):
     row: Tensor  # (M, L, k), int64
     column: Tensor  # (M, L, k), int64
     is_positive: Tensor  # (M, L, k), bool
+    weight: Tensor | None = None  # (M, L, k), of the positives in the losses, >= 0; None for 1
+    losses: dict[str, Tensor] | None = None  # the assigner's own, weighted scalars by name
     # (M,), that of ATSS for the IoU of an anchor with the box. Only distillation asks for it.
     iou_threshold: Tensor | None = None
 
@@ -121,6 +124,34 @@ class Matches(NamedTuple):
         """Values at the candidates: from L maps of shape (N, X, Hi, Wi) to (M, L, k, X)."""
         values = [take_places(x, self.places(i, x.shape)) for i, x in enumerate(maps)]
         return torch.stack(values, dim=1)
+
+    def weight_map(self, level: int, shape: Sequence[int]) -> Tensor | None:
+        """
+        Args:
+            level: in [0, L).
+            shape: (N, ..., Hi, Wi), of its maps.
+
+        Returns:
+            Tensor: shape (N * Hi * Wi,), the weight of each location in the losses, which is 1
+            where nothing is positive. None if all are 1.
+        """
+        if self.weight is None:
+            return None
+        size = shape[0] * shape[-2] * shape[-1]
+        # Candidates that are not positive have a place of their own, behind the map.
+        places = torch.where(self.is_positive[:, level], self.places(level, shape), size)
+        weights = self.weight.new_ones(size + 1)
+        return weights.scatter(0, places.flatten(), self.weight[:, level].flatten())[:size]
+
+
+class Outputs(NamedTuple):
+    """What the network gives for a batch in training, for assigners whose choice depends on it."""
+
+    features: Sequence[Tensor]  # (N, channels, Hi, Wi)
+    predictions: Predictions
+    # The boxes that are predicted at candidates: (M, L, k, 4), in pixels. No gradient.
+    predict: Callable[[Matches], Tensor]
+    iteration: int  # of the training, from 0
 
 
 def flatten_map(x: Tensor) -> Tensor:
@@ -152,7 +183,13 @@ class Samples(NamedTuple):
     gt_boxes: Tensor  # (P, 4), XYXY
     gt_distances: Tensor  # (P, 4), from the location to the sides of gt_boxes
     iou: Tensor  # (P,), of boxes and gt_boxes. No gradient
+    weight: Tensor | None = None  # (P,), of the positives in the losses; None for 1
 
     def mask(self, values: Tensor) -> Tensor:
         """Values of shape (P,) with 0 for what is not positive."""
         return torch.where(self.is_positive, values, 0)
+
+    def weigh(self, values: Tensor) -> Tensor:
+        """As :meth:`mask`, times the weights in the losses."""
+        values = self.mask(values)
+        return values if self.weight is None else self.weight * values
