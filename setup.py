@@ -46,7 +46,14 @@ setup(
         "calibration": ["scikit-learn"],
         "data": ["supervision>=0.31.2; python_version >= '3.10'"],
         "dev": ["hypothesis", "import-linter", "pytest", "ruff"],
-        "export": ["onnx", "onnxruntime", "onnxscript"],
+        "export": ["onnx>=1.19", "onnxruntime>=1.19", "onnxscript>=0.5"],
+        # NNCF, for int8, needs for Python 3.9 packages that are older than others want.
+        "openvino": [
+            "nncf>=3; python_version >= '3.10'",
+            "onnx>=1.19",
+            "onnxscript>=0.5",
+            "openvino>=2025.3",
+        ],
         "sahi": ["sahi>=0.12"],
     },
     classifiers=[
