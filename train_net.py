@@ -77,9 +77,10 @@ def run(args):
     setup_output(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpoint = GFLCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
+        checkpointer = GFLCheckpointer(
+            model, save_dir=cfg.OUTPUT_DIR, complete=True, averaged=cfg.MODEL_EMA.ENABLED
         )
+        checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         compare_classes(cfg.DATASETS.TEST, checkpoint.get("class_names"))
         results = Trainer.test(input_config(cfg), prepare_for_inference(cfg, model))
         if comm.is_main_process():

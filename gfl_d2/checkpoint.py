@@ -21,6 +21,7 @@ from torch import nn
 from .config import load_config, parse_config
 from .errors import InputError, first_line, name_some
 from .files import atomic_write
+from .inflation import inflate_stem
 
 __all__ = [
     "GFLCheckpointer", "describe_model", "describe_problems", "find_config", "get_local_path",
@@ -52,6 +53,7 @@ class GFLCheckpointer(DetectionCheckpointer):
     weights, which have neither FPN nor head. A part of which only some parameters fit is an error.
     For evaluation, and to resume training, every parameter has to be there and fit. Those of an
     assigner, which only training uses, may be missing in evaluation, in the file or in the model.
+    Weights for images of 3 channels may start a model for others: see :func:`inflate_stem`.
 
     Files are written whole or not at all: after a kill at any time, ``last_checkpoint`` names a
     checkpoint that can be loaded.
@@ -63,12 +65,14 @@ class GFLCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         complete: bool = False,
+        averaged: bool | None = None,
         description: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         """
         Args:
             complete: require every parameter, as evaluation does.
+            averaged: take the averages (``MODEL_EMA``) if a file has any; None: as ``complete``.
             description: saved with the weights, see :func:`describe_model`.
         """
         super().__init__(model, save_dir, **kwargs)
@@ -76,6 +80,7 @@ class GFLCheckpointer(DetectionCheckpointer):
         self.path_manager = _AtomicPathManager()
         self.complete = complete
         self._is_resuming = False
+        self.averaged = complete if averaged is None else averaged
         self._path = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -108,6 +113,11 @@ class GFLCheckpointer(DetectionCheckpointer):
         except Exception as error:
             reason = first_line(error)
             raise InputError(f"Weights file {self._path} cannot be read: {reason}") from None
+        if self.averaged and "ema" in checkpoint:
+            self.logger.info(f"Taking the averages of weights (MODEL_EMA) in {self._path}")
+            checkpoint["model"] = checkpoint.pop("ema")
+        elif self.complete and "ema" in checkpoint and not self.checkpointables:
+            self.logger.warning(f"{self._path} has averages too: MODEL_EMA.ENABLED True takes them")
         weights, types = checkpoint["model"], (torch.Tensor, np.ndarray)
         is_mapping = isinstance(weights, Mapping)
         if not is_mapping or not all(isinstance(value, types) for value in weights.values()):
@@ -118,6 +128,13 @@ class GFLCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]):
+        name = "" if self.complete else inflate_stem(checkpoint["model"], self.model.state_dict())
+        if name:
+            self.logger.warning(
+                f"{self._path} is for images of 3 channels: {name} was changed to shape "
+                f"{tuple(checkpoint['model'][name].shape)}. Channels beyond the third have weights "
+                "of 0, and stay without effect if MODEL.BACKBONE.FREEZE_AT freezes the stem"
+            )
         shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
         incompatible = super()._load_model(checkpoint)
         wrong = {name: (there, here) for name, there, here in incompatible.incorrect_shapes}

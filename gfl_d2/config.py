@@ -10,8 +10,9 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
-from .config_checks import check_config, check_gfl_config, check_training_config
+from .config_checks import check_config, check_gfl_config
 from .errors import InputError
+from .training_config import add_training_config, check_training_config
 
 __all__ = [
     "add_gfl_config", "check_config", "check_gfl_config", "check_training_config", "choose_device",
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 def add_gfl_config(cfg: CN) -> None:
     """Add the keys of this project, with their defaults, to a Detectron2 config (in place)."""
+    add_training_config(cfg)
     # Datasets in COCO format to register before use: a list of [name, json_file, image_root], or of
     # folders, each with one of the layouts that gfl_d2.data.register_datasets knows.
     # Relative paths are looked for in the current directory, then in $DETECTRON2_DATASETS.

@@ -24,7 +24,7 @@ from .registry import (
 )
 
 __all__ = [
-    "check_calibration", "check_config", "check_gfl_config", "check_training_config", "get_value",
+    "check_calibration", "check_config", "check_gfl_config", "get_value",
     "read_calibration", "require",
 ]  # fmt: skip
 
@@ -132,8 +132,6 @@ def check_gfl_config(cfg: CfgNode) -> None:
     require(cfg, "TEST.DETECTIONS_PER_IMAGE", cfg.TEST.DETECTIONS_PER_IMAGE >= 1, ">= 1")
     for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
         require(cfg, f"MODEL.{key}", not cfg.MODEL[key], "False: GFL does not have it")
-    allowed = "0: GFL draws no pictures in training (tools/visualize_results.py does, of results)"
-    require(cfg, "VIS_PERIOD", cfg.VIS_PERIOD == 0, allowed)
 
 
 def read_calibration(cfg: CfgNode) -> Calibration | None:
@@ -160,42 +158,6 @@ def check_calibration(cfg: CfgNode, class_names: Sequence[str] | None, whose: st
             calibration.check_classes(class_names, whose)
         except InputError as error:
             raise InputError(f"TEST.CALIBRATION {cfg.TEST.CALIBRATION}: {error}") from None
-
-
-def check_training_config(cfg: CfgNode) -> None:
-    """
-    Check what only training depends on, after :func:`check_config`.
-
-    Raises:
-        InputError: the message names the key.
-    """
-    allowed = "False on a CPU: it is float16 for GPUs; SOLVER.BF16 works on both"
-    require(
-        cfg, "SOLVER.AMP.ENABLED", cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED, allowed
-    )
-    distill = cfg.MODEL.GFL.DISTILL
-    is_on = bool(distill.TERMS)
-    if is_on != bool(distill.TEACHER_WEIGHTS) or (distill.TEACHER_CONFIG and not is_on):
-        keys = ("TERMS", "TEACHER_WEIGHTS", "TEACHER_CONFIG")
-        got = ", ".join(f"{key} {distill[key]!r}" for key in keys)
-        raise InputError(
-            "MODEL.GFL.DISTILL needs both TERMS (what is learned) and TEACHER_WEIGHTS (from whom), "
-            f"or none of its teacher's keys, got {got}"
-        )
-    metric, test = cfg.TEST.BEST_CHECKPOINT_METRIC, cfg.DATASETS.TEST
-    if not metric or not test or cfg.TEST.EVAL_PERIOD <= 0:
-        return
-    prefix = next((f"{name}/" for name in test if metric.startswith(f"{name}/")), "")
-    if len(test) > 1 and not prefix:
-        raise InputError(
-            f"TEST.BEST_CHECKPOINT_METRIC must begin with one of the {len(test)} datasets of "
-            f"DATASETS.TEST, for instance '{test[0]}/{metric}', or be '', got {metric!r}"
-        )
-    if len(test) == 1 and prefix:
-        raise InputError(
-            "TEST.BEST_CHECKPOINT_METRIC must not name the dataset when DATASETS.TEST has only "
-            f"one: '{metric[len(prefix) :]}', got {metric!r}"
-        )
 
 
 def _check_norm(cfg: CfgNode) -> None:

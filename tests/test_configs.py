@@ -231,7 +231,6 @@ def test_bad_values_name_their_key(key, value):
         ("SOLVER.BASE_LR", float("inf")),
         ("SOLVER.WEIGHT_DECAY", float("nan")),
         ("INPUT.CROP.SIZE", [0.5, float("nan")]),
-        ("VIS_PERIOD", 20),
     ],
 )
 def test_other_bad_values_name_their_key(key, value):

@@ -62,7 +62,7 @@ def detect_all(
     with loading([dataset]):
         records = DatasetCatalog.get(dataset)
     model = build_model(cfg)
-    GFLCheckpointer(model, complete=True).load(weights)
+    GFLCheckpointer(model, complete=True, averaged=cfg.MODEL_EMA.ENABLED).load(weights)
     model, mapper = prepare_for_inference(cfg, model), GFLDatasetMapper(cfg, is_train=False)
     for record in tqdm(records, desc="Detecting", delay=2):
         found = model([mapper(record)])[0]["instances"].to("cpu")

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
     inputs = GFLDatasetMapper(cfg, is_train=False)(record)
     inputs["height"], inputs["width"] = image.shape[:2]
     model = build_model(cfg)
-    names = GFLCheckpointer(model, complete=True).load(args.weights).get("class_names")
+    checkpointer = GFLCheckpointer(model, complete=True, averaged=cfg.MODEL_EMA.ENABLED)
+    names = checkpointer.load(args.weights).get("class_names")
     if args.dataset and not names:
         names = MetadataCatalog.get(args.dataset).get("thing_classes")
     names = names or [f"class {i}" for i in range(cfg.MODEL.GFL.NUM_CLASSES)]

@@ -1,16 +1,20 @@
 """Hooks of the trainer."""
 
+from __future__ import annotations
+
 import logging
 import math
 import os
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
 
 from ..checkpoint import GFLCheckpointer
 from ..errors import InputError, first_line
 
-__all__ = ["BestModelSaver"]
+__all__ = ["BestModelSaver", "EarlyStopping", "TrainingEnds"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +30,15 @@ class BestModelSaver(HookBase):
 
     FILE_NAME = "model_best.pth"
 
-    def __init__(self, checkpointer: GFLCheckpointer, metric: str):
-        """``metric``: as it is logged, e.g. "bbox/AP"."""
+    def __init__(self, checkpointer: GFLCheckpointer, metric: str, model: nn.Module | None = None):
+        """
+        Args:
+            checkpointer: of the training.
+            metric: as it is logged, e.g. "bbox/AP".
+            model: what is evaluated, if not the checkpointer's model.
+        """
         self._checkpointer, self._metric = checkpointer, metric
+        self._model = checkpointer.model if model is None else model
         self._path = os.path.join(checkpointer.save_dir, self.FILE_NAME)
         self._best, self._last_seen = -math.inf, -1
 
@@ -68,7 +78,7 @@ class BestModelSaver(HookBase):
         self._best = value
         content = {
             **self._checkpointer.description,
-            "model": self._checkpointer.model.state_dict(),
+            "model": self._model.state_dict(),
             # The one evaluated after the last iteration counts as one more.
             "iteration": min(iteration, self.trainer.max_iter - 1),
             "metrics": {self._metric: value},
@@ -76,3 +86,62 @@ class BestModelSaver(HookBase):
         with self._checkpointer.path_manager.open(self._path, "wb") as file:
             torch.save(content, file)
         logger.info(f"{self._metric} {value:.3f} is the best so far, kept in {self._path}")
+
+
+class TrainingEnds(BaseException):
+    """Ends a training before its time. It is no error: Detectron2 would log a stack trace."""
+
+
+class EarlyStopping(HookBase):
+    """
+    End the training when a metric has not got better in several evaluations, one after the other.
+    Evaluations without the metric, or with NaN (nothing was detected), are among these. The last
+    weights are saved as ``model_final.pth``, as after the last iteration.
+
+    What it has seen is part of the checkpoint. It comes after the hook that evaluates and before
+    the one that saves, so that no evaluation is forgotten; on all processes.
+    """
+
+    def __init__(self, metric: str, period: int, patience: int, min_delta: float = 0.0):
+        """
+        Args:
+            metric: as it is logged, e.g. "bbox/AP". More is better.
+            period: iterations between evaluations.
+            patience: evaluations without a better value, >= 1, after which the training ends.
+            min_delta: only a value higher than the best by more than this is better.
+        """
+        self._metric, self._period = metric, period
+        self._patience, self._min_delta = patience, min_delta
+        self._best, self._num_worse = -math.inf, 0
+
+    def before_train(self) -> None:
+        self._end_if_due()
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        # The evaluation after the last iteration comes when the training has ended.
+        if (iteration + 1) % self._period or iteration + 1 >= self.trainer.max_iter:
+            return
+        value, seen = self.trainer.storage.latest().get(self._metric, (math.nan, -1))
+        # Only the first process evaluates.
+        value = comm.all_gather(value if seen == iteration else math.nan)[0]
+        if value > self._best + self._min_delta:  # not so for NaN
+            self._best, self._num_worse = value, 0
+            return
+        self._num_worse += 1
+        if self._num_worse >= self._patience and comm.is_main_process():
+            self.trainer.checkpointer.save("model_final", iteration=iteration)
+        self._end_if_due()
+
+    def _end_if_due(self) -> None:
+        if self._num_worse >= self._patience:
+            raise TrainingEnds(
+                f"{self._metric} was not better than {self._best:.3f} in {self._num_worse} "
+                "evaluations: the training ends (SOLVER.EARLY_STOPPING)"
+            )
+
+    def state_dict(self) -> dict:
+        return {"best": self._best, "num_worse": self._num_worse}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._best, self._num_worse = state_dict["best"], state_dict["num_worse"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import time
 
 import torch
 from detectron2.config import CfgNode
@@ -12,10 +12,11 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import GFLCheckpointer, describe_model
@@ -23,52 +24,32 @@ from ..config import check_config, check_training_config
 from ..data import GFLDatasetMapper, load_training_dicts, loading, resolve_num_classes
 from ..deploy import compile_parts, has_fast_bfloat16
 from ..errors import InputError
+from ..modeling import GFL
 from .distillation import StudentWithTeacher, find_teacher, load_teacher
+from .ema import ModelAverager, share_buffers
 from .evaluation import build_evaluator, check_evaluators
-from .hooks import BestModelSaver
+from .hooks import BestModelSaver, EarlyStopping, TrainingEnds
+from .pictures import PictureWriter
 from .runs import check_output_folder, inference_folder
+from .solver import build_optimizer, describe_changes, override_groups, scale_to_batch
+from .steps import AccumulatingTrainer, BFloat16Trainer, find_criterion
+from .validation import evaluate_losses
+from .writers import build_writer
 
-__all__ = ["BFloat16Trainer", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
-# What an optimizer keeps in its checkpoint, and the key it comes from.
-_KEYS_OF_GROUPS = {
-    "initial_lr": "SOLVER.BASE_LR",
-    "weight_decay": "SOLVER.WEIGHT_DECAY",
-    "momentum": "SOLVER.MOMENTUM",
-}
 _TO_CHANGE = (
-    "to change it, start a new training from the checkpoint's weights (MODEL.WEIGHTS) with another "
-    "OUTPUT_DIR"
+    "to change it, set SOLVER.OVERRIDE_ON_RESUME True, or start a new training from the "
+    "checkpoint's weights (MODEL.WEIGHTS) with another OUTPUT_DIR"
 )
-
-
-class BFloat16Trainer(SimpleTrainer):
-    """
-    :class:`SimpleTrainer` whose forward pass runs under autocast to bfloat16. Weights, gradients
-    and the optimizer stay in float32. bfloat16 has the range of float32, so gradients need no
-    scaling, unlike those of Detectron2's :class:`AMPTrainer`; and it works on a CPU too.
-    """
-
-    def run_step(self) -> None:
-        assert self.model.training, "The model was changed to eval mode"
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        device_type = next(self.model.parameters()).device.type
-        with torch.autocast(device_type, dtype=torch.bfloat16):
-            losses = self.model(data)
-        self.optimizer.zero_grad()
-        sum(losses.values()).backward()
-        self._write_metrics(losses, data_time)
-        self.optimizer.step()
 
 
 class Trainer(DefaultTrainer):
     """
     :class:`DefaultTrainer` with :class:`GFLDatasetMapper`, :class:`GFLCheckpointer`, evaluation by
-    the type of the dataset, the best model, and the keys that this project adds to ``SOLVER``.
+    the type of the dataset, the best model, and the keys of :mod:`gfl_d2.training_config`.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -76,14 +57,10 @@ class Trainer(DefaultTrainer):
         check_config(cfg)
         check_training_config(cfg)
         check_evaluators(cfg.DATASETS.TEST)
-        cfg = resolve_num_classes(cfg)
+        cfg = scale_to_batch(resolve_num_classes(cfg))
         teacher_cfg = find_teacher(cfg)
         super().__init__(cfg)
-        step = self._trainer
-        if cfg.SOLVER.BF16 and has_fast_bfloat16(next(self.model.parameters()).device.type):
-            self._trainer = BFloat16Trainer(step.model, step.data_loader, step.optimizer)
-        elif cfg.SOLVER.BF16:
-            logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
+        self._choose_step()
         compile_parts(self.checkpointer.model, cfg.SOLVER.COMPILE)
         if teacher_cfg is not None:
             teacher = load_teacher(cfg, teacher_cfg, self.checkpointer.model)
@@ -101,23 +78,92 @@ class Trainer(DefaultTrainer):
         model = self._trainer.model
         return model.student if isinstance(model, StudentWithTeacher) else model
 
+    def _choose_step(self) -> None:
+        """Put another kind of step in the place of Detectron2's, if the config says so."""
+        step, solver = self._trainer, self.cfg.SOLVER
+        if solver.BF16 and has_fast_bfloat16(next(self.model.parameters()).device.type):
+            step = BFloat16Trainer(step.model, step.data_loader, step.optimizer)
+        elif solver.BF16:
+            logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
+        if solver.ACCUMULATE > 1:
+            per_process = solver.IMS_PER_BATCH // comm.get_world_size()
+            if per_process % solver.ACCUMULATE:
+                raise InputError(
+                    f"SOLVER.ACCUMULATE must be a divisor of the {per_process} images that each "
+                    f"process has of SOLVER.IMS_PER_BATCH, got {solver.ACCUMULATE}"
+                )
+            step = AccumulatingTrainer(step, solver.ACCUMULATE)
+        self._trainer = step
+
     def build_hooks(self) -> list[HookBase]:
         # In the place of Detectron2's, before the hook that saves is made with it.
         # A loader of the user's own may need no dataset.
         train = self.cfg.DATASETS.TRAIN
         class_names = MetadataCatalog.get(train[0]).get("thing_classes") if train else None
+        model, cfg = self.checkpointer.model, self.cfg
+        # In evaluation, pictures and the best checkpoint this takes the place of the model.
+        self._evaluated_model = copy.deepcopy(model) if cfg.MODEL_EMA.ENABLED else model
+        averages = {"ema": self._evaluated_model} if cfg.MODEL_EMA.ENABLED else {}
         self.checkpointer = GFLCheckpointer(
-            self.checkpointer.model,
-            self.cfg.OUTPUT_DIR,
-            description=describe_model(self.cfg, class_names),
+            model,
+            cfg.OUTPUT_DIR,
+            description=describe_model(cfg, class_names),
             **self.checkpointer.checkpointables,
+            **averages,
         )
-        ret = super().build_hooks()
-        test = self.cfg.TEST
-        is_evaluated = bool(self.cfg.DATASETS.TEST) and test.EVAL_PERIOD > 0
+        ret = self._change_hooks(super().build_hooks())
+        test, stopping = cfg.TEST, cfg.SOLVER.EARLY_STOPPING
+        is_evaluated = bool(cfg.DATASETS.TEST) and test.EVAL_PERIOD > 0
         if comm.is_main_process() and is_evaluated and test.BEST_CHECKPOINT_METRIC:
-            ret.append(BestModelSaver(self.checkpointer, test.BEST_CHECKPOINT_METRIC))
+            metric = test.BEST_CHECKPOINT_METRIC
+            ret.append(BestModelSaver(self.checkpointer, metric, self._evaluated_model))
+        if stopping.PATIENCE:
+            savers = [hook for hook in ret if isinstance(hook, hooks.PeriodicCheckpointer)]
+            ret = [hook for hook in ret if hook not in savers]
+            arguments = (test.EVAL_PERIOD, stopping.PATIENCE, stopping.MIN_DELTA)
+            ret += [EarlyStopping(test.BEST_CHECKPOINT_METRIC, *arguments), *savers]
         return ret
+
+    def _change_hooks(self, ret: list[HookBase]) -> list[HookBase]:
+        """Detectron2's hooks, with those that average and draw, and another evaluation."""
+        cfg, model = self.cfg, self.checkpointer.model
+        before_saving = []
+        if cfg.MODEL_EMA.ENABLED:
+            ema = cfg.MODEL_EMA
+            before_saving.append(ModelAverager(model, self._evaluated_model, ema.DECAY, ema.WARMUP))
+        if cfg.VIS_PERIOD and comm.is_main_process() and isinstance(model, GFL):
+            before_saving.append(PictureWriter(cfg, self._evaluated_model))
+        if cfg.TEST.EVAL_LOSS:
+            find_criterion(model, "TEST.EVAL_LOSS False")
+        if cfg.MODEL_EMA.ENABLED or cfg.TEST.EVAL_LOSS:
+            evaluation = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)
+            ret = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in ret]
+        return [*ret[:1], *before_saving, *ret[1:]]  # the first is the timer
+
+    def _evaluate(self) -> dict:
+        """The metrics that Detectron2's hook logs."""
+        cfg, model = self.cfg, self._evaluated_model
+        if model is self.checkpointer.model:
+            model = self.model
+        else:
+            share_buffers(model)
+        self._last_eval_results = results = self.test(cfg, model)
+        if not cfg.TEST.EVAL_LOSS:
+            return results
+        results = dict(results)
+        for name in cfg.DATASETS.TEST:
+            prefix = "val" if len(cfg.DATASETS.TEST) == 1 else f"{name}/val"
+            results[prefix] = evaluate_losses(cfg, self._evaluated_model, name)
+        return results
+
+    def build_writers(self) -> list[EventWriter]:
+        return super().build_writers() + [build_writer(name, self.cfg) for name in self.cfg.WRITERS]
+
+    def train(self) -> dict | None:
+        try:
+            return super().train()
+        except TrainingEnds as end:
+            logger.warning(str(end))
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -128,24 +174,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """
-        Detectron2's, which knows the ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "value" and "norm" (of
-        each parameter by itself), and "full_model": the norm of all gradients together is clipped.
-        """
-        clip = cfg.SOLVER.CLIP_GRADIENTS
-        if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
-            return super().build_optimizer(cfg, model)
-
-        def clip_gradients(optimizer, args, kwargs):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-        without_clipping = cfg.clone()
-        without_clipping.defrost()
-        without_clipping.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer = super().build_optimizer(without_clipping, model)
-        optimizer.register_step_pre_hook(clip_gradients)
-        return optimizer
+        """See :func:`gfl_d2.engine.solver.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -192,17 +222,11 @@ class Trainer(DefaultTrainer):
                 f"The checkpoint's optimizer does not fit: {error}. MODEL.BACKBONE.FREEZE_AT and "
                 f"the SOLVER.WEIGHT_DECAY keys must stay as they are at --resume; {_TO_CHANGE}"
             ) from None
-        changed = _describe_changes(groups, self.optimizer.param_groups)
-        if changed:
+        changed = describe_changes(groups, self.optimizer.param_groups)
+        overrides = self.cfg.SOLVER.OVERRIDE_ON_RESUME
+        if overrides:
+            override_groups(self.scheduler, groups)
+        if changed and overrides:
+            logger.warning(f"SOLVER.OVERRIDE_ON_RESUME: the checkpoint has {changed} as from now.")
+        elif changed:
             logger.warning(f"The checkpoint's values are used: {changed}; {_TO_CHANGE}.")
-
-
-def _describe_changes(configured: list[dict], loaded: list[dict]) -> str:
-    """What differs in the first group where it does, e.g. 'SOLVER.BASE_LR 0.01, not 0.1'."""
-    changes = {
-        name: f"{name} {there[key]:g}, not {here[key]:g}"
-        for here, there in reversed(list(zip(configured, loaded)))
-        for key, name in _KEYS_OF_GROUPS.items()
-        if key in here and key in there and here[key] != there[key]
-    }
-    return ", ".join(changes.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .losses import giou_loss, iou_loss
 from .quality import JointQuality, Quality
 from .structures import GroundTruth, Levels, Matches, Predictions, Samples
 
-__all__ = ["GFLCriterion", "collect_samples"]
+__all__ = ["GFLCriterion", "LossSums", "collect_samples", "divide"]
 
 # By MODEL.GFL.BBOX_REG_LOSS_TYPE.
 _BBOX_LOSSES = {"giou": giou_loss, "iou": iou_loss}
@@ -69,6 +70,14 @@ def collect_samples(
     )
 
 
+class LossSums(NamedTuple):
+    """Weighted sums over a batch, scalars by name, and what they are divided by."""
+
+    scores: dict[str, Tensor]  # over all locations
+    boxes: dict[str, Tensor]  # over the positives, weighted
+    divisors: Tensor  # shape (2,): number of positives, sum of their weights
+
+
 class GFLCriterion(nn.Module):
     """
     The sum of these terms:
@@ -82,6 +91,10 @@ class GFLCriterion(nn.Module):
     of positives.
 
     Both divisors are means over the processes. The criterion has no parameters.
+
+    Losses of several batches, such as the parts of one, are those of all of them together if their
+    :meth:`sums` are added up before the division, or each is given the divisors of all. Those of
+    ``distillation`` are not among these.
     """
 
     def __init__(
@@ -116,6 +129,7 @@ class GFLCriterion(nn.Module):
         levels: Levels,
         samples: Samples,
         teacher: Predictions | None = None,
+        normalizers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -124,6 +138,8 @@ class GFLCriterion(nn.Module):
             samples: see :func:`collect_samples`.
             teacher: what a teacher predicts at the same places, for ``distillation``. Its class
                 logits are those of its scores.
+            normalizers: shape (2,), by which the terms of scores and of boxes are divided; by
+                default the :meth:`normalizers` of this batch.
 
         Returns:
             dict[str, Tensor]: weighted scalars by name: ``loss_bbox`` and those of ``quality``,
@@ -138,6 +154,23 @@ class GFLCriterion(nn.Module):
                 "MODEL.GFL.DISTILL.TERMS needs a teacher's predictions: train with gfl_d2.engine."
                 "Trainer, give the model a `teacher`, or set MODEL.GFL.DISTILL.TERMS []"
             )
+        sums = self.sums(predictions, levels, samples)
+        if normalizers is None:
+            normalizers = self.normalizers(sums.divisors)
+        losses = divide(sums, normalizers)
+        if self.distillation:
+            scores = self.quality.score_maps(predictions, levels)
+            student = Predictions(scores, predictions.box_values)
+            weights = samples.weigh(self.quality.box_weights(predictions, samples))
+            comparison = Comparison(
+                student, teacher, levels, samples, weights, normalizers[0], self.box
+            )
+            for term in self.distillation:
+                losses.update(term.losses(comparison))
+        return losses
+
+    def sums(self, predictions: Predictions, levels: Levels, samples: Samples) -> LossSums:
+        """The losses before their division. Arguments as in :meth:`forward`."""
         score_terms = self.quality.losses(predictions, levels, samples)
         box_terms = {
             "loss_bbox": self.bbox_weight * self.bbox_loss(samples.boxes, samples.gt_boxes),
@@ -145,21 +178,19 @@ class GFLCriterion(nn.Module):
         }
         weights = samples.weigh(self.quality.box_weights(predictions, samples))
         num_pos = count_positives(samples, len(predictions.class_logits[0])).to(weights)
-        score_norm, box_norm = all_reduce_mean(torch.stack((num_pos, weights.sum()))).unbind()
-        score_norm = score_norm.clamp(min=1)
-        box_norm = box_norm.clamp(min=self.box_normalizer_min)
-        losses = {name: loss / score_norm for name, loss in score_terms.items()}
-        for name, loss in box_terms.items():
-            losses[name] = (weights * samples.mask(loss)).sum() / box_norm
-        if self.distillation:
-            scores = self.quality.score_maps(predictions, levels)
-            student = Predictions(scores, predictions.box_values)
-            comparison = Comparison(
-                student, teacher, levels, samples, weights, score_norm, self.box
-            )
-            for term in self.distillation:
-                losses.update(term.losses(comparison))
-        return losses
+        return LossSums(
+            scores=score_terms,
+            boxes={name: (weights * samples.mask(loss)).sum() for name, loss in box_terms.items()},
+            divisors=torch.stack((num_pos, weights.sum())),
+        )
+
+    def normalizers(self, divisors: Tensor) -> Tensor:
+        """
+        Shape (2,): what losses are divided by, the mean over the processes of these
+        :attr:`LossSums.divisors`, of one batch or of several added up.
+        """
+        score_norm, box_norm = all_reduce_mean(divisors).unbind()
+        return torch.stack((score_norm.clamp(min=1), box_norm.clamp(min=self.box_normalizer_min)))
 
     @torch.no_grad()
     def diagnostics(self, samples: Samples, num_images: int) -> dict[str, Tensor]:
@@ -176,6 +207,14 @@ class GFLCriterion(nn.Module):
             "frac_sides_beyond_reg_max": samples.weigh(is_beyond).sum()
             / (4 * num_pos.clamp(min=1)),
         }
+
+
+def divide(sums: LossSums, normalizers: Tensor) -> dict[str, Tensor]:
+    """The losses by name; ``normalizers`` as in :meth:`GFLCriterion.forward`."""
+    score_norm, box_norm = normalizers.unbind()
+    losses = {name: loss / score_norm for name, loss in sums.scores.items()}
+    losses.update({name: loss / box_norm for name, loss in sums.boxes.items()})
+    return losses
 
 
 def count_positives(samples: Samples, num_images: int) -> Tensor:

@@ -126,6 +126,7 @@ class _QualityGuided(NoQuality):
     Single-stage Object Detection", eq. 1 and 2).
     """
 
+    adds_up = False
     eta: ClassVar[float] = 1.5
 
     @abstractmethod

@@ -57,6 +57,9 @@ class Quality(ABC):
     # Exponent of the modulating factor of the loss at the background.
     gamma: float
 
+    # Whether :meth:`losses` of the parts of a batch add up to those of the batch.
+    adds_up: ClassVar[bool] = True
+
     @classmethod
     @abstractmethod
     def from_config(cls, cfg: CfgNode) -> Quality:

@@ -50,6 +50,9 @@ class SAPDAssigner(nn.Module):
     Shapes: as in :class:`ATSSAssigner`.
     """
 
+    # Losses of the parts of a batch do not add up to those of the batch.
+    adds_up = False
+
     def __init__(
         self,
         selector: LevelSelector,
