@@ -76,7 +76,7 @@ def main():
     try:
         detector = Detector(args.model)
     except Exception as error:  # OpenVINO has many
-        sys.exit(f"Error: {error}")
+        sys.exit("Error: " + " ".join(str(error).split()))
     names = detector.info["class_names"] or range(detector.info["num_classes"])
     for path in args.images:
         image = cv2.imread(path)
