@@ -134,8 +134,9 @@ def resize_pictures(
             factor = min(info["size"][0] / height, info["size"][1] / width)
         else:
             short, long = min(height, width), max(height, width)
-            factor = info["min_size"] / short if info["min_size"] else 1.0
-            factor = min(factor, info["max_size"] / long)
+            factor = 1.0  # MIN_SIZE_TEST 0: as they are
+            if info["min_size"]:
+                factor = min(info["min_size"] / short, info["max_size"] / long)
             factor = max(scale * factor, min(factor, info["min_side"] / short))
         new_size = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
         resized.append(ResizeTransform(height, width, *new_size).apply_image(picture))

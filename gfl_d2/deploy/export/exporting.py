@@ -101,8 +101,8 @@ def describe(
         "input_format": cfg.INPUT.FORMAT,  # of the channels: "BGR" or "RGB"
         "input_type": "uint8" if options.uint8 else "float32",
         "channels": len(cfg.MODEL.PIXEL_MEAN),
-        # As in evaluation: the shorter side becomes min_size (0: as it is), unless the longer one
-        # becomes larger than max_size.
+        # As in evaluation: the shorter side becomes min_size, unless the longer one becomes larger
+        # than max_size. With a min_size of 0 images stay as they are.
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "size": options.size and list(options.size),  # height and width; None for any
