@@ -37,8 +37,9 @@ env:
 	@$(BASE_PYTHON) dev/make_env.py "$(VENV)" \
 		$(if $(DETECTRON2),--detectron2 "$(DETECTRON2)") $(if $(PYTHON),--this-python)
 
+# Models that passed tests wrote are deleted: gigabytes.
 test: env
-	"$(VENV_PYTHON)" -m pytest $(TESTS) $(PYTEST_ARGS)
+	"$(VENV_PYTHON)" -m pytest -o tmp_path_retention_policy=failed $(TESTS) $(PYTEST_ARGS)
 
 demo: env
 	"$(VENV_PYTHON)" demo/run_demo.py

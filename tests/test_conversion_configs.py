@@ -162,6 +162,8 @@ def test_backbones_in_part_are_refused(change):
 
 def shipped_configs():
     names = sorted(path.name for path in CONFIGS.glob("gfl_*.yaml"))
+    # Neither MMDetection nor the authors have a GFL with P2.
+    names.remove("gfl_R_50_FPN_tiny_objects.yaml")
     assert names
     return names
 
