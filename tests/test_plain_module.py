@@ -102,6 +102,9 @@ def test_hooks_of_every_module_are_called(choices):
 
 @pytest.mark.parametrize("choices", COMBINATIONS)
 def test_torch_compile(choices):
+    # Else the exponent of a loss, once another model had a different one, is a symbol, which
+    # PyTorch cannot hand to a function with a gradient of its own.
+    torch.compiler.reset()
     model = build(*choices)
     expected, expected_losses = detect(model), losses(copy.deepcopy(model))
     # The whole of it takes a while to compile: for one model with its gradients.
