@@ -29,7 +29,10 @@ setup(
     package_data={
         "gfl_d2.distributions": ["page.html"],
         "gfl_d2.result_analysis": ["page.html"],
-        "gfl_d2.model_zoo": ["configs/*.yaml", "configs/*/*.yaml"],
+        "gfl_d2.model_zoo": [
+            *("configs/*.yaml", "configs/*/*.yaml"),
+            *("configs/lazy/*.py", "configs/lazy/*/*.py", "configs/lazy/*/*/*.py"),
+        ],
     },
     python_requires=">=3.9",
     # Not listed: detectron2, which is not on PyPI, and torch and torchvision, which must come
@@ -55,6 +58,7 @@ setup(
             "openvino>=2025.3",
         ],
         "sahi": ["sahi>=0.12"],
+        "timm": ["safetensors", "timm>=1.0.30"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -3,18 +3,17 @@
 Train or evaluate GFL, in the form of Detectron2's own training script:
 
     python train_net.py --config-file configs/gfl_R_50_FPN_1x.yaml --num-gpus 8
+    python train_net.py --config-file configs/gfl_R_50_FPN_1x.yaml --num-processes 4
+    torchrun --nproc-per-node 8 train_net.py --config-file configs/gfl_R_50_FPN_1x.yaml
     python train_net.py --config-file configs/gfl_R_50_FPN_1x.yaml --eval-only \
         MODEL.WEIGHTS output/model_final.pth
 
 Checkpoints of a training carry their config, so --eval-only MODEL.WEIGHTS alone is enough for them.
 """
 
-import logging
 import sys
 
-import torch
-import torch.multiprocessing as mp
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -32,8 +31,17 @@ from gfl_d2.engine import (
     Trainer,
     check_evaluators,
     check_output_folder,
+    claim_output_folder,
     find_teacher,
     inference_folder,
+)
+from gfl_d2.engine.launch import (
+    add_arguments,
+    find_processes,
+    hide_from_log,
+    joined,
+    launch,
+    said_once,
 )
 from gfl_d2.errors import InputError, user_message
 
@@ -45,16 +53,16 @@ def read_config(args):
     return find_config(args.config_file, args.opts)
 
 
-def setup(args):
+def setup(args, rank=0, num_processes=1):
     """Create the config and check it against the data, before anything is written."""
-    setup_logger(distributed_rank=comm.get_rank(), name="gfl_d2")
+    setup_logger(distributed_rank=rank, name="gfl_d2")
     cfg = read_config(args)
     register_datasets(cfg, cfg.DATASETS.TEST if args.eval_only else None)
     cfg = resolve_num_classes(cfg, args.eval_only)
     check_datasets(cfg, eval_only=args.eval_only)
     check_evaluators(cfg.DATASETS.TEST)
     if not args.eval_only:
-        check_training_config(cfg)
+        check_training_config(cfg, num_processes)
         find_teacher(cfg)
         if not args.resume:
             check_output_folder(cfg.OUTPUT_DIR)
@@ -73,7 +81,12 @@ def setup_output(cfg, args):
 
 
 def run(args):
-    cfg = setup(args)
+    """In each of the processes that are launched."""
+    return train_or_evaluate(setup(args, comm.get_rank(), comm.get_world_size()), args)
+
+
+def train_or_evaluate(cfg, args):
+    lock = None if args.eval_only else claim_output_folder(cfg.OUTPUT_DIR)  # noqa: F841
     setup_output(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -94,41 +107,23 @@ def run(args):
 
 def main(args):
     # Detectron2 logs what ends a training with its stack trace. A user's mistake needs none.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(
-        lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))
-    )
+    hide_from_log(lambda error: isinstance(error, InputError))
     try:
-        return run(args)
+        with said_once():  # before processes start, rather than by each of them
+            processes = find_processes(args)
+            cfg = setup(args, processes.rank, processes.total)
+            device = processes.choose_device(cfg.MODEL.DEVICE)
+        if processes.total == 1:
+            return train_or_evaluate(cfg, args)
+        if processes.local_rank is None:
+            return launch(run, (args,), processes, device, args.dist_url)
+        with joined(processes, device):
+            return train_or_evaluate(cfg, args)
     except InputError as error:
         sys.exit(f"Error: {user_message(error)}")
-
-
-def launch_processes(args):
-    """One process per GPU. A user's mistake is found before, rather than by each of them."""
-    try:
-        if args.num_gpus > torch.cuda.device_count():
-            raise InputError(
-                f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}"
-            )
-        setup(args)
-    except InputError as error:
-        sys.exit(f"Error: {user_message(error)}")
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except mp.ProcessExitedException as error:  # the process has said why
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    if args.num_gpus * args.num_machines > 1:
-        launch_processes(args)
-    else:
-        main(args)
+    parser = default_argument_parser()
+    add_arguments(parser)
+    main(parser.parse_args())

@@ -32,7 +32,10 @@ class Detector:
         else:
             scale = min(info["min_size"] / min(old), info["max_size"] / max(old)) or 1
         height, width = (max(1, int(side * scale + 0.5)) for side in old)
-        pixels = resize(image, height, width)
+        if info.get("resize_filter") == "opencv":
+            pixels = cv2.resize(image, (width, height))
+        else:
+            pixels = resize(image, height, width)
         pixels = pixels if info["input_format"] == "BGR" else pixels[:, :, ::-1]
         step, least = info["size_divisibility"], info["min_side"]
         shape = info["size"] or [max(-(-side // step) * step, least) for side in (height, width)]

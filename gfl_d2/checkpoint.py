@@ -5,23 +5,21 @@ what describes the model.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .config import load_config, parse_config
-from .errors import InputError, first_line, name_some
-from .files import atomic_write
+from .errors import InputError, name_some
+from .files import AtomicPathManager
 from .inflation import inflate_stem
+from .plain_checkpointer import PlainCheckpointer
+from .plain_data import check_weights, load_torch
 
 __all__ = [
     "GFLCheckpointer", "describe_model", "describe_problems", "find_config", "get_local_path",
@@ -30,10 +28,10 @@ __all__ = [
 
 # Parameters that depend on the number of classes: fine-tuning on other data starts them anew.
 _CLASS_DEPENDENT = re.compile(r"^head\.cls_score\.")
-# Not in all ImageNet weights: offsets of deformable convolutions, and statistics of BatchNorm
-# (which FrozenBatchNorm2d fills in).
+# Not in all ImageNet weights: offsets of deformable convolutions, relative positions of a ViT, and
+# statistics of BatchNorm (which FrozenBatchNorm2d fills in).
 _OPTIONAL = re.compile(
-    r"\.((conv2_offset|conv_offsets\.\d+)\.(weight|bias)|running_(mean|var)|num_batches_tracked)$"
+    r"\.((conv2_offset|conv_offsets\.\d+)\.(weight|bias)|rel_pos_.|running_\w+|num_batches_tracked)$"
 )
 # A ResNet layer under whatever prefix. Weights of a bare ResNet, which Detectron2 matches by the
 # ends of their names, keep these names where they fit nothing. Their classifier ("fc") may.
@@ -43,7 +41,7 @@ _RESNET = "backbone.bottom_up"
 _TRAINING_ONLY = "assigner."
 
 
-class GFLCheckpointer(DetectionCheckpointer):
+class GFLCheckpointer(PlainCheckpointer):
     """
     :class:`DetectionCheckpointer` that refuses weights which fit only in part, where Detectron2
     logs warnings and goes on with random values in the gaps.
@@ -54,6 +52,8 @@ class GFLCheckpointer(DetectionCheckpointer):
     For evaluation, and to resume training, every parameter has to be there and fit. Those of an
     assigner, which only training uses, may be missing in evaluation, in the file or in the model.
     Weights for images of 3 channels may start a model for others: see :func:`inflate_stem`.
+
+    Nothing in a file is executed: see :class:`PlainCheckpointer`.
 
     Files are written whole or not at all: after a kill at any time, ``last_checkpoint`` names a
     checkpoint that can be loaded.
@@ -77,11 +77,10 @@ class GFLCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **kwargs)
         self.description = dict(description or {})
-        self.path_manager = _AtomicPathManager()
+        self.path_manager = AtomicPathManager()
         self.complete = complete
         self._is_resuming = False
         self.averaged = complete if averaged is None else averaged
-        self._path = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
         super().save(name, **{**self.description, **kwargs})
@@ -98,36 +97,23 @@ class GFLCheckpointer(DetectionCheckpointer):
             InputError: the file is missing, is no checkpoint, or does not fit the model. The model
                 is then unchanged, except where the file fits in part.
         """
-        self._path = path
-        if not path and self.complete:
+        if path:
+            get_local_path(path)
+        elif self.complete:
             self.logger.warning("MODEL.WEIGHTS is empty: the weights are random.")
-        if not path:
-            return super().load(path, *args, **kwargs)
-        get_local_path(path)
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            checkpoint = super()._load_file(filename)
-        # Bytes that are no checkpoint can make unpickling raise anything.
-        except Exception as error:
-            reason = first_line(error)
-            raise InputError(f"Weights file {self._path} cannot be read: {reason}") from None
+        checkpoint = super()._load_file(filename)
         if self.averaged and "ema" in checkpoint:
             self.logger.info(f"Taking the averages of weights (MODEL_EMA) in {self._path}")
             checkpoint["model"] = checkpoint.pop("ema")
         elif self.complete and "ema" in checkpoint and not self.checkpointables:
             self.logger.warning(f"{self._path} has averages too: MODEL_EMA.ENABLED True takes them")
-        weights, types = checkpoint["model"], (torch.Tensor, np.ndarray)
-        is_mapping = isinstance(weights, Mapping)
-        if not is_mapping or not all(isinstance(value, types) for value in weights.values()):
-            raise InputError(
-                f"Weights file {self._path} is not a checkpoint of a model: it does not map names "
-                "to tensors"
-            )
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]):
+        check_weights(checkpoint["model"], self._path)
         name = "" if self.complete else inflate_stem(checkpoint["model"], self.model.state_dict())
         if name:
             self.logger.warning(
@@ -173,13 +159,14 @@ class GFLCheckpointer(DetectionCheckpointer):
         shapes differ: it reports these as missing in the file and unexpected in the model. Name in
         the model -> shape in the file, shape in the model.
         """
-        model = self.model.state_dict()
-        return {
-            name: (shapes[end], tuple(model[name].shape))
-            for name in incompatible.missing_keys
-            for end in incompatible.unexpected_keys
-            if name.endswith(f".{end}") and shapes.get(end, model[name].shape) != model[name].shape
-        }
+        model, wrong = self.model.state_dict(), {}
+        for end in incompatible.unexpected_keys:
+            names = [name for name in incompatible.missing_keys if name.endswith(f".{end}")]
+            shape = shapes.get(end)
+            # An end that several names have, such as "norm.weight", is of none of them.
+            if len(names) == 1 and shape not in (None, tuple(model[names[0]].shape)):
+                wrong[names[0]] = shape, tuple(model[names[0]].shape)
+        return wrong
 
     def _gaps(
         self, wrong: dict[str, tuple], missing: list[str], unexpected: list[str]
@@ -212,18 +199,6 @@ class GFLCheckpointer(DetectionCheckpointer):
             incompatible.missing_keys.remove(name)
 
 
-class _AtomicPathManager:
-    """Detectron2's, but that it writes local files by :func:`atomic_write`."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(PathManager, name)
-
-    def open(self, path: str, mode: str = "r", **kwargs: Any) -> contextlib.AbstractContextManager:
-        if mode not in ("w", "wb") or "://" in path:
-            return PathManager.open(path, mode, **kwargs)
-        return atomic_write(path, mode)
-
-
 def describe_model(cfg: CfgNode, class_names: Iterable[str] | None = None) -> dict[str, Any]:
     """
     What a checkpoint carries beside the weights, so that it can be used alone, as plain data:
@@ -242,18 +217,15 @@ def load_checkpoint_config(path: str | os.PathLike, opts: Sequence[str] = ()) ->
     Raises:
         InputError: the file is missing or carries no config, or a key or value is wrong.
     """
-    path, text, problem = os.fspath(path), None, "carries no config"
-    try:
-        content = torch.load(get_local_path(path), map_location="cpu", weights_only=True)
-        text = content.get("config") if isinstance(content, Mapping) else None
-    except InputError:
-        raise
-    except Exception as error:  # unpickling may raise anything
-        problem = f"cannot be read as tensors and plain data ({type(error).__name__})"
+    path = os.fspath(path)
+    local_path = get_local_path(path)
+    # A .pkl is of a model zoo, of which no file has a config.
+    content = None if local_path.endswith(".pkl") else load_torch(local_path, path)
+    text = content.get("config") if isinstance(content, Mapping) else None
     if not isinstance(text, str):
         raise InputError(
-            f"Weights file {path} {problem}: give a config, as --config-file to a script, or as "
-            "Predictor(cfg) with the file as cfg.MODEL.WEIGHTS"
+            f"Weights file {path} carries no config: give a config, as --config-file to a script, "
+            "or as Predictor(cfg) with the file as cfg.MODEL.WEIGHTS"
         )
     return parse_config(text, path, opts)
 

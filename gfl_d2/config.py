@@ -10,8 +10,10 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .backbone_config import add_backbone_config
 from .config_checks import check_config, check_gfl_config
 from .errors import InputError
+from .plain_data import check_yaml
 from .training_config import add_training_config, check_training_config
 
 __all__ = [
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 def add_gfl_config(cfg: CN) -> None:
     """Add the keys of this project, with their defaults, to a Detectron2 config (in place)."""
+    add_backbone_config(cfg)
     add_training_config(cfg)
     # Datasets in COCO format to register before use: a list of [name, json_file, image_root], or of
     # folders, each with one of the layouts that gfl_d2.data.register_datasets knows.
@@ -32,6 +35,11 @@ def add_gfl_config(cfg: CN) -> None:
     # Names of the classes to use of these datasets, in this order; all if empty. Boxes of others
     # are left out in training, evaluation and drawing.
     cfg.DATASETS.CLASSES = []
+
+    # How images are resized, in training, evaluation and Predictor: "pillow", its bilinear filter,
+    # which averages what a pixel covers, or "opencv", bilinear interpolation of four pixels, as in
+    # the reference implementation and many deployed pipelines.
+    cfg.INPUT.RESIZE_FILTER = "pillow"
 
     # Metric whose highest value keeps `model_best.pth`: "bbox/AP", or "<dataset>/bbox/AP" when
     # DATASETS.TEST has several; "" keeps none. Needs TEST.EVAL_PERIOD > 0.
@@ -75,17 +83,6 @@ def add_gfl_config(cfg: CN) -> None:
     # As TEST.COMPILE, for training. CUDA graphs are kept for each size of images: with many,
     # "default" is the one.
     cfg.SOLVER.COMPILE = ""
-
-    # Start every residual block as the identity, by a zero scale in its last normalization: for
-    # training from random initialization. Only with this project's backbones, a trainable
-    # MODEL.RESNETS.NORM and MODEL.BACKBONE.FREEZE_AT < 2.
-    cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False
-
-    # Of "build_gfl_res2net_fpn_backbone": splits of a block's channels, >= 2, and their width at 64
-    # bottleneck channels, >= 1.
-    cfg.MODEL.RES2NET = CN()
-    cfg.MODEL.RES2NET.SCALES = 4
-    cfg.MODEL.RES2NET.BASE_WIDTH = 26
 
     # Detectron2's keys that take one value more with this project's trainer:
     # INPUT.RANDOM_FLIP "both", SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model".
@@ -163,8 +160,8 @@ def add_gfl_config(cfg: CN) -> None:
     cfg.MODEL.GFL.LOSS_DFL_WEIGHT = 0.25
     cfg.MODEL.GFL.LOSS_KL_WEIGHT = 0.25
     cfg.MODEL.GFL.LOSS_LEVEL_WEIGHT = 0.1
-    # Lower bound, > 0, of the sum of the positives' weights by which the box losses are divided. In
-    # "joint" and "dgqp" the weights are scores.
+    # Lower bound, > 0, of the sum of the positives' weights by which the box losses are divided, as
+    # a mean over the processes. In "joint" and "dgqp" the weights are scores.
     # 1.0 is the reference implementation's. It shrinks both box losses while that sum is smaller,
     # at the very start of training or with few objects an image; a small value prevents that.
     cfg.MODEL.GFL.BOX_NORMALIZER_MIN = 1.0
@@ -213,9 +210,13 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     """
     if not os.path.isfile(config_file):
         raise InputError(f"Config file '{config_file}' does not exist")
-    return _make_config(
-        lambda cfg: cfg.merge_from_file(config_file), opts, f"Config file '{config_file}'"
-    )
+
+    def merge(cfg: CN) -> None:
+        with open(config_file, encoding="utf-8") as file:
+            check_yaml(file.read())
+        cfg.merge_from_file(config_file, allow_unsafe=False)  # execute nothing
+
+    return _make_config(merge, opts, f"Config file '{config_file}'")
 
 
 def parse_config(text: str, path: str, opts: Sequence[str] = ()) -> CN:
@@ -232,6 +233,7 @@ def parse_config(text: str, path: str, opts: Sequence[str] = ()) -> CN:
 
     def merge(cfg: CN) -> None:
         device = cfg.MODEL.DEVICE
+        check_yaml(text)
         cfg.set_new_allowed(True)
         cfg.merge_from_other_cfg(CN.load_cfg(text))
         cfg.set_new_allowed(False)
@@ -245,10 +247,11 @@ def _make_config(merge: Callable[[CN], None], opts: Sequence[str], source: str) 
     add_gfl_config(cfg)
     # What yacs raises for files and options that it cannot use.
     errors = (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError)
+    errors = (*errors, RecursionError, yaml.YAMLError)  # a config that is its own _BASE_
     try:
         merge(cfg)
         cfg.merge_from_list([_as_written(item) for item in opts])
-    except (*errors, yaml.YAMLError) as error:
+    except errors as error:
         reason = " ".join(str(error).split())  # PyYAML's has several lines
         if re.search(r"<class '(list|tuple)'> vs\. <class 'str'>", reason):
             reason += """, which takes a list: write "['name']" in quotation marks"""

@@ -32,6 +32,7 @@ _COMPILE_MODES = (
     "", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 )  # fmt: skip
 _CHOICES = {
+    "INPUT.RESIZE_FILTER": ("pillow", "opencv"),
     "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
     "MODEL.GFL.BBOX_REG_LOSS_TYPE": ("giou", "iou"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),

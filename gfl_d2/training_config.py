@@ -5,7 +5,8 @@ import math
 
 from detectron2.config import CfgNode as CN
 
-from .config_checks import require
+from .augmentation_config import add_augmentation_config, check_augmentation_config
+from .config_checks import get_value, require
 from .errors import InputError
 
 __all__ = ["add_training_config", "check_training_config"]
@@ -15,6 +16,7 @@ _WRITERS = ("wandb", "mlflow")
 
 def add_training_config(cfg: CN) -> None:
     """Add the keys, with their defaults, to a Detectron2 config (in place). All are off."""
+    add_augmentation_config(cfg)
     # Exponential moving average of weights and BatchNorm statistics, after each step
     # average = d * average + (1 - d) * weights. It is what is evaluated, in training and by
     # --eval-only and Predictor, what `model_best.pth` keeps, and "ema" in other checkpoints.
@@ -45,8 +47,9 @@ def add_training_config(cfg: CN) -> None:
     cfg.SOLVER.OVERRIDE_ON_RESUME = False
     # "SGD", or "AdamW" (decoupled weight decay; MOMENTUM and NESTEROV are not used).
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Learning rates of a ResNet's stages: res5 has this times BASE_LR, res4 its square, down to the
-    # stem; in (0, 1], 1 for none. FPN and head have BASE_LR.
+    # Learning rates of the backbone's stages: res5 has this times BASE_LR, res4 its square, down to
+    # the stem (in a ViT: its last block, the one before, ...); in (0, 1], 1 for none. FPN and head
+    # have BASE_LR.
     cfg.SOLVER.LAYER_DECAY = 1.0
 
     # Losses on DATASETS.TEST at every evaluation, as "val/loss_qfl", ..., "val/total_loss".
@@ -60,9 +63,12 @@ def add_training_config(cfg: CN) -> None:
     cfg.WRITERS = []
 
 
-def check_training_config(cfg: CN) -> None:
+def check_training_config(cfg: CN, num_processes: int = 1) -> None:
     """
     Check what only training depends on, after :func:`gfl_d2.config.check_config`.
+
+    Args:
+        num_processes: of all machines.
 
     Raises:
         InputError: the message names the key.
@@ -72,6 +78,8 @@ def check_training_config(cfg: CN) -> None:
     require(cfg, "SOLVER.AMP.ENABLED", cfg.MODEL.DEVICE != "cpu" or not amp, allowed)
     _check_teacher(cfg)
     _check_ranges(cfg)
+    check_augmentation_config(cfg)
+    _check_processes(cfg, num_processes)
     _check_writers(cfg)
     is_evaluated = bool(cfg.DATASETS.TEST) and cfg.TEST.EVAL_PERIOD > 0
     _check_early_stopping(cfg, is_evaluated)
@@ -99,9 +107,6 @@ def _check_ranges(cfg: CN) -> None:
     allowed = "False when MODEL_EMA.ENABLED is True: the averages have statistics of their own"
     both = ema.ENABLED and cfg.TEST.PRECISE_BN.ENABLED
     require(cfg, "TEST.PRECISE_BN.ENABLED", not both, allowed)
-    number, batch = solver.ACCUMULATE, solver.IMS_PER_BATCH
-    is_divisor = number >= 1 and batch % number == 0
-    require(cfg, "SOLVER.ACCUMULATE", is_divisor, f"a divisor of SOLVER.IMS_PER_BATCH, {batch}")
     require(cfg, "SOLVER.AUTO_SCALE_LR", solver.AUTO_SCALE_LR >= 0, "a size of batches, or 0")
     allowed = "0 when SOLVER.REFERENCE_WORLD_SIZE is not: both scale the schedule"
     both = solver.AUTO_SCALE_LR and solver.REFERENCE_WORLD_SIZE
@@ -112,6 +117,23 @@ def _check_ranges(cfg: CN) -> None:
     require(cfg, "VIS_PERIOD", cfg.VIS_PERIOD >= 0, "a number of iterations, or 0")
     has_images = len(cfg.DATASETS.TEST) + len(cfg.DATASETS.TRAIN) > 0
     require(cfg, "VIS_PERIOD", has_images or not cfg.VIS_PERIOD, "0 without a dataset to draw")
+
+
+def _check_processes(cfg: CN, number: int) -> None:
+    if number > 1 and cfg.MODEL.DEVICE == "cpu":
+        for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.GFL.NORM"):
+            is_for_gpus = get_value(cfg, key) in ("SyncBN", "nnSyncBN")
+            require(cfg, key, not is_for_gpus, "another one for several processes on CPUs")
+    solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
+    # Detectron2 scales the batch from this number of processes to theirs.
+    number = solver.REFERENCE_WORLD_SIZE or number
+    is_multiple = batch > 0 and batch % number == 0
+    allowed = f"a multiple of the number of processes, {number}"
+    require(cfg, "SOLVER.IMS_PER_BATCH", is_multiple, allowed)
+    is_divisor = solver.ACCUMULATE >= 1 and batch // number % solver.ACCUMULATE == 0
+    share = f" / {number} processes" if number > 1 else ""
+    allowed = f"a divisor of SOLVER.IMS_PER_BATCH, {batch}{share}"
+    require(cfg, "SOLVER.ACCUMULATE", is_divisor, allowed)
 
 
 def _check_writers(cfg: CN) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,28 +14,25 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import VisImage, Visualizer
+from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
 from .data import read_image, to_array
+from .drawing import class_color, draw_boxes, set_fonts
 from .errors import InputError, name_some
 from .lettering import choose_letters
 from .results import load_results
 
 __all__ = [
-    "check_picture_path", "draw_comparison", "draw_detections", "draw_results", "read_images",
-    "save_picture", "stack_rows",
+    "check_picture_path", "draw_annotations", "draw_comparison", "draw_detections", "draw_results",
+    "read_images", "save_picture", "stack_columns", "stack_rows",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-# Small images are enlarged until their shorter side has this many pixels, so that labels fit, but
-# not beyond the longest side; larger ones are reduced to it.
-_MIN_SIDE, _MAX_SIDE = 400, 4000
 _GAP = 8
 _WHITE = 255
-_TITLE_HEIGHT = 28
 _NAME_LENGTH = 40
 
 
@@ -184,26 +180,49 @@ def draw_comparison(
         ndarray: as ``image_rgb``, of another size. Small images are enlarged, huge ones reduced.
     """
     file = Path(ground_truth.get("file_name", "")).name
-    names = [str(name) for name in metadata.get("thing_classes") or ()]
-    families, letters = choose_letters([file, *names], _NAME_LENGTH)
-
-    def draw(title: str, boxes: Sequence, classes: list[int], notes: list[str]) -> np.ndarray:
-        labels = [letters[names[c]] if names else str(c) for c in classes]
-        labels = [label + note for label, note in zip(labels, notes)]
-        return _draw_boxes(image_rgb, title, boxes, labels, [_color(c) for c in classes], families)
-
     annotations = ground_truth.get("annotations", [])
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    classes = [a["category_id"] for a in annotations]
-    notes = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
-    left = draw(f"ground truth   {letters[file]}", boxes, classes, notes)
-
+    left = draw_annotations(image_rgb, annotations, metadata, "ground truth", file)
     kept = predictions[predictions.scores >= score_thresh].to("cpu")
     notes = [f" {score:.2f}" for score in kept.scores.tolist()]
     title = title or f"detections that score {score_thresh:g} or more"
-    right = draw(title, kept.pred_boxes.tensor, kept.pred_classes.tolist(), notes)
-    gap = np.full((left.shape[0], _GAP, 3), _WHITE, dtype=np.uint8)
-    return np.concatenate([left, gap, right], axis=1)
+    boxes, classes = kept.pred_boxes.tensor, kept.pred_classes.tolist()
+    right = _draw_classes(image_rgb, boxes, classes, notes, metadata, title)
+    return stack_columns([left, right])
+
+
+def draw_annotations(
+    image_rgb: np.ndarray,
+    annotations: Sequence[dict],
+    metadata: Metadata,
+    title: str,
+    file: str = "",
+) -> np.ndarray:
+    """
+    Draw annotations in Detectron2's dataset format, crowds marked as such, on their image. The name
+    of its ``file`` stands behind the title; else as :func:`draw_comparison`.
+    """
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    classes = [a["category_id"] for a in annotations]
+    notes = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
+    return _draw_classes(image_rgb, boxes, classes, notes, metadata, title, file)
+
+
+def _draw_classes(
+    image_rgb: np.ndarray,
+    boxes: Sequence,
+    classes: list[int],
+    notes: list[str],
+    metadata: Metadata,
+    title: str,
+    file: str = "",
+) -> np.ndarray:
+    names = [str(name) for name in metadata.get("thing_classes") or ()]
+    families, letters = choose_letters([file, *names], _NAME_LENGTH)
+    labels = [(letters[names[c]] if names else str(c)) + note for c, note in zip(classes, notes)]
+    colors = [class_color(c) for c in classes]
+    return draw_boxes(
+        image_rgb, f"{title}   {letters[file]}".strip(), boxes, labels, colors, families
+    )
 
 
 def draw_detections(
@@ -228,9 +247,9 @@ def draw_detections(
     names = [str(name) for name in metadata.get("thing_classes") or ()]
     families, letters = choose_letters(names, _NAME_LENGTH)
     labels = [f"{letters[names[c]] if names else c} {s:.2f}" for c, s in zip(classes, scores)]
-    visualizer, colors = Visualizer(pixels), [_color(c) for c in classes]
+    visualizer, colors = Visualizer(pixels), [class_color(c) for c in classes]
     visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
-    _set_fonts(visualizer.output, families)
+    set_fonts(visualizer.output, families)
     return Image.fromarray(visualizer.output.get_image())
 
 
@@ -256,44 +275,6 @@ def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(padded)[:-_GAP]
 
 
-def _draw_boxes(
-    image_rgb: np.ndarray,
-    title: str,
-    boxes: Sequence,
-    labels: list[str],
-    colors: list[tuple[float, float, float]],
-    families: list[str],
-) -> np.ndarray:
-    """
-    The image, at a size at which labels can be read, with boxes (x0, y0, x1, y1), and a title above
-    it. ``families`` are those of the fonts.
-    """
-    height, width = image_rgb.shape[:2]
-    scale = min(max(1.0, _MIN_SIDE / min(height, width)), _MAX_SIDE / max(height, width))
-    size = [max(1, round(scale * side)) for side in (width, height)]
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    visualizer = Visualizer(cv2.resize(image_rgb, size, interpolation=interpolation))
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale
-    # A label beside the image would not be seen.
-    boxes = boxes.clip(0, [*size, *size])
-    visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
-    bar = VisImage(np.full((_TITLE_HEIGHT, size[0], 3), _WHITE, dtype=np.uint8))
-    bar.ax.text(6, 20, title, size=10)
-    pictures = []
-    for part in (bar, visualizer.output):
-        _set_fonts(part, families)
-        pictures.append(part.get_image())
-    return np.concatenate(pictures)
-
-
-def _set_fonts(picture: VisImage, families: list[str]) -> None:
-    for text in picture.ax.texts:
-        text.set_fontfamily(families)
-        text.set_parse_math(False)  # a $ is a dollar
-        text.set_usetex(False)
-
-
-def _color(index: int) -> tuple[float, float, float]:
-    """RGB in [0, 1], always bright; neighbouring indices are far apart in hue."""
-    golden_ratio = 0.618034
-    return colorsys.hsv_to_rgb((index * golden_ratio) % 1, 0.75, 1.0)
+def stack_columns(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures, (H, W, 3), beside each other, as :func:`stack_rows`."""
+    return stack_rows([column.transpose(1, 0, 2) for column in columns]).transpose(1, 0, 2)

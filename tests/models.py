@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from gfl_d2 import load_config
+from gfl_d2.config import check_config
 from gfl_d2.modeling import (
     GFL,
     ATSSAssigner,
@@ -165,17 +167,26 @@ def small_config(
     quality: str = "joint", box: str = "general", assigner: str = "atss", *opts
 ) -> CfgNode:
     """Of a small GFL of these choices, with three classes; ``opts`` are keys and values."""
-    config = Path(__file__).parent.parent / "configs" / "gfl_R_18_FPN_bccd_reference.yaml"
-    return load_config(
-        str(config),
+    cfg = _read_config("gfl_R_18_FPN_bccd_reference.yaml").clone()
+    cfg.defrost()
+    cfg.merge_from_list(
         [
             *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "build_tiny_backbone"),
             *("MODEL.RESNETS.ZERO_INIT_RESIDUAL", False, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
             *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.GFL.CONV_DIM", 64, "MODEL.GFL.NUM_CONVS", 1),
             *("MODEL.GFL.QUALITY", quality, "MODEL.GFL.BOX_REPRESENTATION", box),
             *("MODEL.GFL.ASSIGNER", assigner, *opts),
-        ],
+        ]
     )
+    check_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+@functools.cache
+def _read_config(name: str) -> CfgNode:
+    """Parsing takes longer than a small model."""
+    return load_config(str(Path(__file__).parent.parent / "configs" / name))
 
 
 def build_gfl(*args) -> GFL:

@@ -228,7 +228,7 @@ def check_first_is_whole(folder):
 
 
 def test_error_while_saving_leaves_the_last_checkpoint(tmp_path):
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         save_twice(tmp_path, Bomb(OSError("disk full")))
     check_first_is_whole(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
@@ -349,8 +349,12 @@ def test_checkpoint_without_a_config(tmp_path, content):
     assert "does not exist" in config_error(tmp_path / "absent.pth")
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_nothing_is_executed_to_read_a_config(tmp_path, protocol):
+@pytest.mark.parametrize(
+    "protocol, reason",
+    # The latter has instructions that PyTorch does not know.
+    [(2, "holds more than tensors and plain data: it names posix.mkdir"), (4, "cannot be read")],
+)
+def test_nothing_is_executed_to_read_a_config(tmp_path, protocol, reason):
     class Call:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -358,6 +362,5 @@ def test_nothing_is_executed_to_read_a_config(tmp_path, protocol):
     content = {"model": {}, "config": "MODEL: {}", "other": Call()}
     torch.save(content, tmp_path / "model.pth", pickle_protocol=protocol)
     message = config_error(tmp_path / "model.pth")
-    assert "cannot be read as tensors and plain data" in message
-    assert "give a config" in message
+    assert reason in message
     assert not (tmp_path / "executed").exists()

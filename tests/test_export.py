@@ -120,6 +120,7 @@ def test_any_size_with_nms(file_format, tmp_path, picture):
     assert info["class_names"] == ["red", "white", "platelet"]
     assert (info["input_format"], info["input_type"]) == (cfg.INPUT.FORMAT, "float32")
     assert (info["min_size"], info["max_size"]) == (320, cfg.INPUT.MAX_SIZE_TEST)
+    assert info["resize_filter"] == "pillow"
     assert (info["size_divisibility"], info["size"], info["nms"]) == (32, None, True)
     assert info["score_threshold"] == cfg.MODEL.GFL.SCORE_THRESH_TEST
     assert info["config"] == cfg.dump()

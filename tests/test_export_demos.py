@@ -119,3 +119,29 @@ def test_resize_as_pillow(file_format, new):
     image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(image).resize(new[::-1], Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(demo.resize(image, *new), expected)
+
+
+@pytest.mark.parametrize("name", [None, "pillow", "opencv"])
+def test_the_filter_that_the_file_names(file_format, name):
+    """Files of earlier versions name none."""
+    demo, seen = load_script(f"demo/{file_format}_demo.py"), []
+    detector = demo.Detector.__new__(demo.Detector)
+    detector.info = {
+        "min_size": 60, "max_size": 90, "size": None, "size_divisibility": 32, "min_side": 32,
+        "input_format": "BGR", "input_type": "uint8", **({"resize_filter": name} if name else {}),
+    }  # fmt: skip
+    nothing = [np.zeros((1, 1, 4)), np.zeros((1, 1)), np.zeros((1, 1))]
+
+    class Session:
+        def run(self, names, inputs):
+            seen.append(inputs["images"])
+            return nothing
+
+        def __call__(self, inputs):
+            return dict(zip(("boxes", "scores", "labels"), self.run(None, inputs)))
+
+    detector.session = detector.model = Session()
+    image = np.random.default_rng(0).integers(0, 256, (180, 240, 3), dtype=np.uint8)
+    detector(image)
+    new = cv2.resize(image, (80, 60)) if name == "opencv" else demo.resize(image, 60, 80)
+    np.testing.assert_array_equal(seen[0][0, :, :60, :80], new.transpose(2, 0, 1))

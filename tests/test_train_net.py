@@ -232,13 +232,6 @@ def test_unknown_key(dataset):
     assert "MODEL.GFL.REGMAX" in error_of(dataset, opts=["MODEL.GFL.REGMAX", 3])
 
 
-def test_more_processes_than_gpus():
-    args = ["--config-file", "absent.yaml", "--num-gpus", str(torch.cuda.device_count() + 2)]
-    with pytest.raises(SystemExit) as caught:
-        train_net.launch_processes(default_argument_parser().parse_args(args))
-    assert caught.value.code.startswith("Error: --num-gpus")
-
-
 def test_number_of_classes(dataset):
     message = error_of(dataset, opts=["MODEL.GFL.NUM_CLASSES", 80])
     assert "80" in message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -15,6 +14,7 @@ from gfl_d2.engine.hooks import EarlyStopping, TrainingEnds
 from gfl_d2.engine.steps import AccumulatingTrainer, BFloat16Trainer, find_criterion
 from gfl_d2.errors import InputError
 from models import CHOICES, WITH_RESNET, build_gfl, make_input
+from processes import run_processes
 
 BATCH = [
     make_input(),
@@ -163,11 +163,7 @@ class Trainer:
         self.saved = (name, iteration)
 
 
-def train_in_parallel(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def train_in_parallel(rank):
     results = {"step": step(2, wrap=DistributedDataParallel, batch=BATCH[2 * rank :][:2])}
 
     torch.manual_seed(rank)  # also other random weights, which DistributedDataParallel makes equal
@@ -195,15 +191,12 @@ def train_in_parallel(rank, folder):
             hook.after_step()
     except TrainingEnds:
         results["end"] = (trainer.iter, getattr(trainer, "saved", None))
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(train_in_parallel, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return run_processes(train_in_parallel, 2, tmp_path_factory.mktemp("processes"))
 
 
 def test_processes_average_alike(of_two_processes):

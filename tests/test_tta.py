@@ -85,7 +85,9 @@ def test_switched_off_is_the_model_itself(tmp_path):
     assert type(predictor(tmp_path, *SCALES).model) is type(model)
 
 
-@pytest.mark.parametrize("merge", ["nms", "vote"])
+@pytest.mark.parametrize(
+    ("merge", "resize_filter"), [("nms", "pillow"), ("vote", "pillow"), ("nms", "opencv")]
+)
 @pytest.mark.parametrize(
     "opts",
     [
@@ -95,15 +97,25 @@ def test_switched_off_is_the_model_itself(tmp_path):
     ],
     ids=["one size", "no larger than a tile"],
 )  # fmt: skip
-def test_one_view_is_plain_inference(tmp_path, opts, merge):
+def test_one_view_is_plain_inference(tmp_path, opts, merge, resize_filter):
     """The whole way from an array, resized by the predictor here and by the wrapper there."""
-    expected = predictor(tmp_path)(make_image())["instances"]
-    actual = predictor(tmp_path, *opts, "TEST.AUG.MERGE", merge)(make_image())["instances"]
+    opts = (*opts, "TEST.AUG.MERGE", merge)
+    key = ("INPUT.RESIZE_FILTER", resize_filter)
+    expected = predictor(tmp_path, *key)(make_image())["instances"]
+    actual = predictor(tmp_path, *key, *opts)(make_image())["instances"]
     assert len(actual) == len(expected) > 20
     assert actual.image_size == expected.image_size
     assert_close(actual.scores, expected.scores)
     assert_close(actual.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
     assert torch.equal(actual.pred_classes, expected.pred_classes)
+
+
+def test_the_filter_makes_a_difference(tmp_path):
+    found = [
+        predictor(tmp_path, "INPUT.RESIZE_FILTER", name)(make_image())["instances"]
+        for name in ("pillow", "opencv")
+    ]
+    assert not torch.equal(found[0].scores, found[1].scores)
 
 
 # Boxes of all views are found in the image.
@@ -195,8 +207,10 @@ def test_memory_is_bounded_by_a_batch():
     opts = ("TEST.TILES.SIZE", 64, "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,))
     wrapper = DenseDetectorWithTTA(config(*opts), detector, batch_size=3)
     made = []
-    mapper = wrapper.mappers[0]
-    wrapper.mappers = [lambda inputs: made.append(len(detector.batches)) or mapper(inputs)]
+    resize = wrapper.resizes[0].get_transform
+    wrapper.resizes[0].get_transform = lambda image: (
+        made.append(len(detector.batches)) or resize(image)
+    )
     wrapper([{"image": white_with()}])
     sizes = [len(batch) for batch in detector.batches]
     assert sizes[0] == 2  # the whole image, flipped or not

@@ -6,28 +6,35 @@ Convert weights of other code bases to Detectron2's format, or back.
     python tools/convert_weights.py output/model_final.pth output/mmdet.pth --to mmdet
 
 It reads GFL detectors of MMDetection 2 and 3, the authors' GFocal (v1) and GFocalV2 releases, and
-ImageNet backbones with torchvision's names, and finds out which it is and which config fits. What
-cannot be converted in full is refused. Options at the end change the config of --config-file, as
-for train_net.py. The file that is written for Detectron2 has the names of the classes, if they are
-known, and the config, if it is given or only one fits but for its head.
+ImageNet backbones with torchvision's names or of timm (.pth, .safetensors), and finds out which it
+is and which config fits. What cannot be converted in full is refused. Options at the end change the
+config of --config-file, as for train_net.py. The file that is written for Detectron2 has the names
+of the classes, if they are known, and the config, if it is given or only one fits but for its head.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 
+from detectron2.config import CfgNode
+
 from gfl_d2.checkpoint import describe_model
 from gfl_d2.config import load_config
 from gfl_d2.conversion import (
+    TIMM_BUILDER,
+    Checkpoint,
     check_config,
     check_output,
     describe,
     find_configs,
+    find_timm_model,
     from_mmdet,
+    from_timm,
     read_checkpoint,
     to_mmdet,
     write_checkpoint,
@@ -54,7 +61,11 @@ def convert(args: argparse.Namespace) -> None:
         cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
 
     checkpoint = read_checkpoint(args.input)
-    conversion = (to_mmdet if args.to == "mmdet" else from_mmdet)(checkpoint, cfg)
+    timm_model = "" if args.to == "mmdet" else choose_timm_model(checkpoint, cfg)
+    if timm_model:
+        conversion = from_timm(checkpoint, timm_model)
+    else:
+        conversion = (to_mmdet if args.to == "mmdet" else from_mmdet)(checkpoint, cfg)
     needed = conversion.needed
     if cfg is not None:
         fitting = {args.config_file: check_config(needed, cfg, args.config_file)}
@@ -96,6 +107,19 @@ def convert(args: argparse.Namespace) -> None:
         words += ["--eval-only"] if is_detector else []
         words += ["MODEL.WEIGHTS", args.output, *([] if has_config else opts)]
         print(shlex.join(words))
+
+
+def choose_timm_model(checkpoint: Checkpoint, cfg: CfgNode | None) -> str:
+    """The model of timm that the config names, or else the weights are of. "" if there is none."""
+    if cfg is not None:
+        return cfg.MODEL.TIMM.NAME if cfg.MODEL.BACKBONE.NAME == TIMM_BUILDER else ""
+    if any(re.match(r"(backbone|neck|bbox_head|layer\d)\.", name) for name in checkpoint.weights):
+        return ""  # ResNets, and what has one
+    cfgs = [
+        load_config(str(p), ["MODEL.DEVICE", "cpu"]) for p in sorted(CONFIGS.glob("gfl_*.yaml"))
+    ]
+    names = (c.MODEL.TIMM.NAME for c in cfgs if c.MODEL.BACKBONE.NAME == TIMM_BUILDER)
+    return find_timm_model(checkpoint, dict.fromkeys(names))
 
 
 def main() -> None:

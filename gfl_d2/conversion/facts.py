@@ -134,6 +134,8 @@ def _infer_head(source: Source) -> dict[str, Any]:
 
 def describe(needed: Mapping[str, Any]) -> str:
     """What weights are of, in words."""
+    if "MODEL.TIMM.NAME" in needed:
+        return f"{needed['MODEL.TIMM.NAME']} of timm; no detector"
     config = {key.rpartition(".")[2]: value for key, value in needed.items()}
     depth, groups = config["DEPTH"], config.get("NUM_GROUPS", 1)
     text = f"ResNet-{depth}"

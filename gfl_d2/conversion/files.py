@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import atomic_write
+from ..plain_data import check_weights, load_torch
 
 __all__ = ["Checkpoint", "check_output", "read_checkpoint", "write_checkpoint"]
 
@@ -26,13 +25,6 @@ _READ_AS_NOTHING = [
     *("numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"),
     *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
 ]
-
-_REFUSED = (
-    "Weights file {path} holds more than tensors and plain data: it names {name}. It is refused, "
-    "and nothing in it has been executed. If you trust it, save its weights alone where it comes "
-    "from: c = torch.load(..., weights_only=False); torch.save({{'state_dict': c['state_dict'], "
-    "'meta': {{'CLASSES': (...)}}}}, ...)"
-)
 
 
 @dataclass(frozen=True)
@@ -60,9 +52,9 @@ class _Nothing:
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
-    Read a file that ``torch.save`` wrote, with or without something around the weights. Only
-    tensors and plain data are read: a pickle that names anything else is refused, and nothing in
-    it is executed.
+    Read a file that ``torch.save`` wrote, with or without something around the weights, or one
+    of safetensors. Only tensors and plain data are read: a pickle that names anything else is
+    refused, and nothing in it is executed.
 
     Raises:
         InputError: the file is missing, is no checkpoint, or holds more than tensors and plain
@@ -71,22 +63,25 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise InputError(f"Weights file {path} does not exist")
-    # Older versions of PyTorch refuse MMDetection 3's files, unless they hold weights alone.
-    is_old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6)
+    if path.endswith(".safetensors"):
+        return _unwrap(path, _read_safetensors(path))
     names = [(_Nothing, name) for name in _READ_AS_NOTHING]
-    try:
-        with nullcontext() if is_old else torch.serialization.safe_globals(names):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # Bytes that are no checkpoint can make unpickling raise anything.
-    except Exception as error:
-        refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
-        if refused:
-            raise InputError(_REFUSED.format(path=path, name=refused[1])) from None
-        # What comes before the reason is advice to load the file regardless.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-        text = f"Weights file {path} cannot be read: {type(error).__name__}: {reason}"
-        raise InputError(text.splitlines()[0]) from None
+    content = load_torch(path, path, names)
     return _unwrap(path, content)
+
+
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise InputError(
+            f"Weights file {path} needs safetensors: pip install safetensors"
+        ) from None
+    try:
+        return safetensors.torch.load_file(path)
+    # Its errors are of a type of its own, or of the file system.
+    except Exception as error:
+        raise InputError(f"Weights file {path} cannot be read: {first_line(error)}") from None
 
 
 def _unwrap(path: str, content: Any) -> Checkpoint:
@@ -95,14 +90,7 @@ def _unwrap(path: str, content: Any) -> Checkpoint:
     weights, rest = (rest, {}) if key is None else (rest.pop(key), rest)
     if not weights:
         raise InputError(f"Weights file {path} has no weights")
-    for name, value in weights.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise InputError(
-                f"Weights file {path} is not a checkpoint of a model: it does not map names to "
-                f"tensors, but {name!r} to a value of type {type(value).__name__}"
-            )
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise InputError(f"Weights file {path}: {name} is not a plain, dense tensor")
+    check_weights(weights, path)
     if all(name.startswith("module.") for name in weights):  # of torch.nn.DataParallel
         weights = {name[len("module.") :]: value for name, value in weights.items()}
     weights = {name: value.detach() for name, value in weights.items()}

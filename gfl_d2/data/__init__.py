@@ -1,3 +1,4 @@
+from .augmentation import OpenCVResizeTransform, adapt_augmentations, choose_filter
 from .checks import (
     check_datasets,
     check_registered,

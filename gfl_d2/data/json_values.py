@@ -83,9 +83,9 @@ def to_number(value: Any) -> Any:
 
 
 def to_size(value: Any) -> int:
-    """Width or height, 0 if it is not written or no positive number."""
+    """Width or height, 0 if it is not written or no size that an image may have."""
     number = _to_float(value)
-    return math.ceil(number) if math.isfinite(number) and number > 0 else 0
+    return math.ceil(number) if 0 < number < 2**31 else 0
 
 
 def _to_float(value: Any) -> float:

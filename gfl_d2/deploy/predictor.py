@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checkpoint import GFLCheckpointer, load_checkpoint_config
 from ..config import choose_device
 from ..config_checks import check_calibration
-from ..data import to_array
+from ..data import adapt_augmentations, to_array
 from ..errors import InputError
 from ..modeling import GFL
 from .compilation import compile_parts
@@ -80,7 +80,9 @@ class Predictor:
         self.model = prepare_for_inference(cfg, model)
         self.metadata = _find_metadata(cfg, checkpoint.get("class_names"), is_alone)
         check_calibration(cfg, self.metadata.get("thing_classes"), "the model")
-        self.aug = AugmentationList(build_augmentation(input_config(cfg), is_train=False))
+        input_cfg = input_config(cfg)
+        resize = build_augmentation(input_cfg, is_train=False)
+        self.aug = AugmentationList(adapt_augmentations(resize, input_cfg, is_train=False))
         self.input_format = cfg.INPUT.FORMAT
 
     def __call__(

@@ -8,13 +8,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.transforms import CropTransform, TransformList
-from detectron2.modeling import DatasetMapperTTA
+from detectron2.data.transforms import (
+    Augmentation,
+    CropTransform,
+    RandomFlip,
+    ResizeShortestEdge,
+    TransformList,
+    apply_augmentations,
+)
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from ..data import choose_filter
 from ..errors import InputError
 from .merging import merge_detections
 
@@ -87,8 +94,9 @@ class DenseDetectorWithTTA(nn.Module):
         if cfg.TEST.AUG.ENABLED:
             aug = cfg.TEST.AUG
             sizes, max_size, flip = aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP
-        # One for each size, as a mapper gives all its views at once.
-        self.mappers = [DatasetMapperTTA([size], max_size, flip) for size in sizes]
+        resizes = [ResizeShortestEdge(size, max_size) for size in sizes]
+        self.resizes = [choose_filter(resize, cfg.INPUT.RESIZE_FILTER) for resize in resizes]
+        self.flips: list[list[Augmentation]] = [[], [RandomFlip(prob=1.0)]] if flip else [[]]
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
@@ -138,12 +146,14 @@ class DenseDetectorWithTTA(nn.Module):
     def _views(self, image: Tensor) -> Iterator[_View]:
         """Those of one size after another, as far as tiles are."""
         tiles = self._tiles(*image.shape[-2:])
-        for mapper in self.mappers:
+        pixels = image.permute(1, 2, 0).numpy()
+        for resize in self.resizes:
             for tile in tiles:
-                part = image[:, tile.y0 : tile.y0 + tile.h, tile.x0 : tile.x0 + tile.w]
-                for view in mapper({"image": part, "height": tile.h, "width": tile.w}):
-                    transforms = TransformList([tile]) + view["transforms"]
-                    yield _View(view["image"], transforms, tile)
+                for flip in self.flips:
+                    part = tile.apply_image(pixels)
+                    view, transforms = apply_augmentations([resize, *flip], part)
+                    view = np.array(view.transpose(2, 0, 1), order="C")  # a copy
+                    yield _View(torch.from_numpy(view), TransformList([tile]) + transforms, tile)
 
     def _tiles(self, height: int, width: int) -> list[CropTransform]:
         """The whole image first. It is the only one if no side is longer than a tile's."""

@@ -12,7 +12,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import GFLCheckpointer
-from ..errors import InputError, first_line
+from ..errors import InputError
+from ..plain_data import load_torch
 
 __all__ = ["BestModelSaver", "EarlyStopping", "TrainingEnds"]
 
@@ -47,11 +48,9 @@ class BestModelSaver(HookBase):
         if not os.path.isfile(self._path):
             return
         try:
-            saved = torch.load(self._path, map_location="cpu", weights_only=True)
-            metrics = saved.get("metrics", {})
-        except Exception as error:  # unpickling may raise anything
-            advice = f"{self._path} cannot be read, move it out of the way"
-            raise InputError(f"{advice}: {first_line(error)}") from None
+            metrics = load_torch(self._path, self._path).get("metrics", {})
+        except (AttributeError, InputError) as error:
+            raise InputError(f"{error}. Move {self._path} out of the way") from None
         if self._metric in metrics:
             self._best = metrics[self._metric]
             logger.info(f"Best {self._metric} so far: {self._best:.3f}")

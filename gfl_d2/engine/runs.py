@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import shutil
@@ -11,16 +12,24 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import nn
 
+from ..checkpoint import GFLCheckpointer
 from ..errors import InputError
+from ..files import lock_folder, remove_unfinished
 from .hooks import BestModelSaver
 
 __all__ = [
-    "check_output_folder", "inference_folder", "make_fresh_folder", "parse_arguments",
-    "read_metrics", "run_training",
+    "check_output_folder", "check_space", "claim_output_folder", "inference_folder",
+    "make_fresh_folder", "parse_arguments", "read_metrics", "run_training",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 # What a later training would be mixed with.
 _OF_A_TRAINING = ("last_checkpoint", BestModelSaver.FILE_NAME, "metrics.json")
@@ -38,6 +47,55 @@ def check_output_folder(folder: str) -> None:
                 f"OUTPUT_DIR {folder} holds an earlier training ({name}): go on with it by "
                 "--resume, name another OUTPUT_DIR, or delete it"
             )
+
+
+def claim_output_folder(folder: str) -> IO | None:
+    """
+    Lock the folder for a training, see :func:`lock_folder`, and remove what a killed one left half
+    written. The first process does it for all.
+    """
+    if not comm.is_main_process() or "://" in folder:
+        return None
+    lock = lock_folder(folder)
+    remove_unfinished(folder)
+    return lock
+
+
+def check_space(
+    checkpointer: GFLCheckpointer, optimizer: torch.optim.Optimizer, number: int
+) -> None:
+    """
+    Raise InputError if there is no space for a checkpoint of a training, and warn if there is none
+    for the ``number`` of them that it will save.
+    """
+    folder = checkpointer.save_dir
+    if not comm.is_main_process() or "://" in folder:
+        return
+    size, free = (
+        _checkpoint_size(checkpointer, optimizer) / 1e6,
+        shutil.disk_usage(folder).free / 1e6,
+    )
+    if free < size:
+        raise InputError(
+            f"OUTPUT_DIR {folder} has {free:.0f} MB of free space, but a checkpoint takes about "
+            f"{size:.0f} MB: make space, or name another OUTPUT_DIR"
+        )
+    if free < number * size:
+        logger.warning(
+            f"OUTPUT_DIR {folder} has {free:.0f} MB of free space, but up to {number} checkpoints "
+            f"will take about {number * size:.0f} MB (SOLVER.CHECKPOINT_PERIOD)."
+        )
+
+
+def _checkpoint_size(checkpointer: GFLCheckpointer, optimizer: torch.optim.Optimizer) -> int:
+    """In bytes, without what is small."""
+    parts = [checkpointer.model, *checkpointer.checkpointables.values()]
+    models = [part.state_dict() for part in parts if isinstance(part, nn.Module)]
+    # The optimizer has its tensors only after a step.
+    copies = 2 if "betas" in optimizer.defaults else int(optimizer.defaults.get("momentum", 0) > 0)
+    trained = [p for group in optimizer.param_groups for p in group["params"]] * copies
+    tensors = [*(tensor for model in models for tensor in model.values()), *trained]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def inference_folder(cfg: CfgNode, dataset: str = "") -> str:

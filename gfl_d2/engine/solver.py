@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -13,9 +11,12 @@ from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_gr
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..errors import InputError
+from ..modeling.backbone import layer_decay_factors
 
-__all__ = ["build_optimizer", "describe_changes", "override_groups", "scale_to_batch"]
+__all__ = [
+    "build_optimizer", "clip_all_gradients", "describe_changes", "override_groups",
+    "scale_to_batch",
+]  # fmt: skip
 
 # What an optimizer keeps in its checkpoint, and the key it comes from.
 _KEYS_OF_GROUPS = {
@@ -23,9 +24,6 @@ _KEYS_OF_GROUPS = {
     "weight_decay": "SOLVER.WEIGHT_DECAY",
     "momentum": "SOLVER.MOMENTUM",
 }
-# Of Detectron2's ResNets and those of this project.
-_STAGE = re.compile(r"^backbone\.bottom_up\.(?:stem|res(\d))\.")
-_LAST_STAGE = 5
 
 
 def scale_to_batch(cfg: CfgNode) -> CfgNode:
@@ -71,12 +69,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.LOG_GRAD_NORM:
         optimizer.register_step_pre_hook(_log_grad_norm)
     if clips_all:
-
-        def clip_gradients(optimizer, args, kwargs):
-            nn.utils.clip_grad_norm_(_parameters(optimizer), clip.CLIP_VALUE, clip.NORM_TYPE)
-
-        optimizer.register_step_pre_hook(clip_gradients)
+        clip_all_gradients(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
     return optimizer
+
+
+def clip_all_gradients(
+    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
+) -> None:
+    """Have the norm of all gradients together clipped before each step."""
+
+    def clip_gradients(optimizer, args, kwargs):
+        nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm, norm_type)
+
+    optimizer.register_step_pre_hook(clip_gradients)
 
 
 def _build_other(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -100,28 +105,15 @@ def _build_other(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _decay_layers(groups: list[dict], model: nn.Module, rate: float) -> list[dict]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    if not any(_STAGE.search(name) for name in names.values()):
-        raise InputError(
-            "SOLVER.LAYER_DECAY must be 1 for a backbone other than a ResNet with FPN, got "
-            f"{rate}: its stages are not known"
-        )
+    factors = layer_decay_factors(model, rate)
+    factor = {parameter: factors[name] for name, parameter in model.named_parameters()}
     return reduce_param_groups(
         [
-            {**group, "params": [parameter], "lr": group["lr"] * _factor(names[parameter], rate)}
+            {**group, "params": [parameter], "lr": group["lr"] * factor[parameter]}
             for group in groups
             for parameter in group["params"]
         ]
     )
-
-
-def _factor(name: str, rate: float) -> float:
-    """Of the learning rate of a parameter: the rate for res5, its square for res4, and so on."""
-    match = _STAGE.search(name)
-    if not match:
-        return 1.0
-    stage = int(match.group(1) or 1)  # the stem comes before res2
-    return rate ** (_LAST_STAGE + 1 - stage)
 
 
 def _log_grad_norm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

@@ -7,12 +7,8 @@ import logging
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_test_loader
+from detectron2.engine import HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -29,8 +25,12 @@ from .distillation import StudentWithTeacher, find_teacher, load_teacher
 from .ema import ModelAverager, share_buffers
 from .evaluation import build_evaluator, check_evaluators
 from .hooks import BestModelSaver, EarlyStopping, TrainingEnds
+from .loader import TrainingLoader
+from .parallel import ParallelTrainer
 from .pictures import PictureWriter
-from .runs import check_output_folder, inference_folder
+from .preemption import Preemption
+from .random_state import seed_random_state
+from .runs import check_output_folder, check_space, claim_output_folder, inference_folder
 from .solver import build_optimizer, describe_changes, override_groups, scale_to_batch
 from .steps import AccumulatingTrainer, BFloat16Trainer, find_criterion
 from .validation import evaluate_losses
@@ -46,19 +46,24 @@ _TO_CHANGE = (
 )
 
 
-class Trainer(DefaultTrainer):
+class Trainer(ParallelTrainer):
     """
-    :class:`DefaultTrainer` with :class:`GFLDatasetMapper`, :class:`GFLCheckpointer`, evaluation by
+    Detectron2's trainer with :class:`GFLDatasetMapper`, :class:`GFLCheckpointer`, evaluation by
     the type of the dataset, the best model, and the keys of :mod:`gfl_d2.training_config`.
     """
 
     def __init__(self, cfg: CfgNode):
-        """Raises InputError if config or data are wrong; nothing has been written then."""
+        """
+        Raises InputError if config or data are wrong, nothing has been written then, or if another
+        training runs in ``OUTPUT_DIR``.
+        """
         check_config(cfg)
-        check_training_config(cfg)
+        check_training_config(cfg, comm.get_world_size())
         check_evaluators(cfg.DATASETS.TEST)
-        cfg = scale_to_batch(resolve_num_classes(cfg))
+        cfg = _with_seed(scale_to_batch(resolve_num_classes(cfg)))
+        self._seed = cfg.SEED
         teacher_cfg = find_teacher(cfg)
+        self._lock = claim_output_folder(cfg.OUTPUT_DIR)
         super().__init__(cfg)
         self._choose_step()
         compile_parts(self.checkpointer.model, cfg.SOLVER.COMPILE)
@@ -86,12 +91,6 @@ class Trainer(DefaultTrainer):
         elif solver.BF16:
             logger.warning("SOLVER.BF16: no bfloat16 convolutions on this machine, using float32.")
         if solver.ACCUMULATE > 1:
-            per_process = solver.IMS_PER_BATCH // comm.get_world_size()
-            if per_process % solver.ACCUMULATE:
-                raise InputError(
-                    f"SOLVER.ACCUMULATE must be a divisor of the {per_process} images that each "
-                    f"process has of SOLVER.IMS_PER_BATCH, got {solver.ACCUMULATE}"
-                )
             step = AccumulatingTrainer(step, solver.ACCUMULATE)
         self._trainer = step
 
@@ -122,7 +121,7 @@ class Trainer(DefaultTrainer):
             ret = [hook for hook in ret if hook not in savers]
             arguments = (test.EVAL_PERIOD, stopping.PATIENCE, stopping.MIN_DELTA)
             ret += [EarlyStopping(test.BEST_CHECKPOINT_METRIC, *arguments), *savers]
-        return ret
+        return [*ret, Preemption(self.checkpointer)]
 
     def _change_hooks(self, ret: list[HookBase]) -> list[HookBase]:
         """Detectron2's hooks, with those that average and draw, and another evaluation."""
@@ -135,18 +134,16 @@ class Trainer(DefaultTrainer):
             before_saving.append(PictureWriter(cfg, self._evaluated_model))
         if cfg.TEST.EVAL_LOSS:
             find_criterion(model, "TEST.EVAL_LOSS False")
-        if cfg.MODEL_EMA.ENABLED or cfg.TEST.EVAL_LOSS:
-            evaluation = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)
-            ret = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in ret]
+        evaluation = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)
+        ret = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in ret]
         return [*ret[:1], *before_saving, *ret[1:]]  # the first is the timer
 
     def _evaluate(self) -> dict:
         """The metrics that Detectron2's hook logs."""
         cfg, model = self.cfg, self._evaluated_model
+        share_buffers(model)
         if model is self.checkpointer.model:
             model = self.model
-        else:
-            share_buffers(model)
         self._last_eval_results = results = self.test(cfg, model)
         if not cfg.TEST.EVAL_LOSS:
             return results
@@ -160,6 +157,8 @@ class Trainer(DefaultTrainer):
         return super().build_writers() + [build_writer(name, self.cfg) for name in self.cfg.WRITERS]
 
     def train(self) -> dict | None:
+        number = (self.max_iter - self.start_iter) // self.cfg.SOLVER.CHECKPOINT_PERIOD + 1
+        check_space(self.checkpointer, self.optimizer, number)
         try:
             return super().train()
         except TrainingEnds as end:
@@ -179,8 +178,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        mapper, records = GFLDatasetMapper(cfg, is_train=True), load_training_dicts(cfg)
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
+        # Worker processes share it.
+        records = DatasetFromList(load_training_dicts(cfg), copy=False)
+        return TrainingLoader(cfg, records, GFLDatasetMapper(cfg, is_train=True, records=records))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -203,14 +203,34 @@ class Trainer(DefaultTrainer):
         if not resume:
             check_output_folder(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise InputError(
+                f"Processes would resume after {starts} iterations: OUTPUT_DIR "
+                f"{self.cfg.OUTPUT_DIR} must be the same folder on all machines"
+            )
+        loader = self._trainer.data_loader
+        if isinstance(loader, TrainingLoader):
+            loader.start(self._seed, self.start_iter)
+        elif self.start_iter > 0:
+            logger.warning(f"{type(loader).__name__} starts anew: images come in another order.")
+
+    def before_step(self) -> None:
+        # Each step has random numbers of its own: a resumed training draws them too.
+        seed_random_state(self._seed, comm.get_rank(), self.iter)
+        super().before_step()
 
     # Detectron2 0.6 leaves the optimizer out of the checkpoint, and resumes without its momentum.
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        steps = {"_trainer": self._trainer.state_dict(), "seed": self._seed}
+        return {**super().state_dict(), **steps}
 
     def load_state_dict(self, state_dict: dict) -> None:
         groups = [dict(group) for group in self.optimizer.param_groups]
         TrainerBase.load_state_dict(self, state_dict)
+        if "seed" not in state_dict:
+            logger.warning("The checkpoint has no seed: images come in another order from here on.")
+        self._seed = state_dict.get("seed", self._seed)
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
             return
@@ -230,3 +250,12 @@ class Trainer(DefaultTrainer):
             logger.warning(f"SOLVER.OVERRIDE_ON_RESUME: the checkpoint has {changed} as from now.")
         elif changed:
             logger.warning(f"The checkpoint's values are used: {changed}; {_TO_CHANGE}.")
+
+
+def _with_seed(cfg: CfgNode) -> CfgNode:
+    """The config with a seed, the same in all processes, if it has none."""
+    if cfg.SEED < 0:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SEED = comm.shared_random_seed()
+    return cfg

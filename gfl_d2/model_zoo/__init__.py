@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from detectron2.config import CfgNode
+import torch
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
+from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import GFLCheckpointer
@@ -21,7 +23,7 @@ _CONFIGS = Path(__file__).parent / "configs"
 def get_config_file(config_path: str) -> str:
     """
     The path of a config. ``config_path`` is relative to ``configs/``, such as
-    "gfl_R_50_FPN_1x.yaml" or "ablations/table_3_qfl.yaml".
+    "gfl_R_50_FPN_1x.yaml", "ablations/table_3_qfl.yaml" or "lazy/gfl_R_50_FPN_1x.py".
 
     Raises:
         InputError: there is no such config.
@@ -35,12 +37,15 @@ def get_config_file(config_path: str) -> str:
     return str(file)
 
 
-def get_config(config_path: str) -> CfgNode:
+def get_config(config_path: str) -> CfgNode | DictConfig:
     """
     The config, checked and free to be changed. ``MODEL.WEIGHTS`` names the weights to start
-    training from, ``MODEL.DEVICE`` is "cpu" where there is no GPU.
+    training from, ``MODEL.DEVICE`` is "cpu" where there is no GPU. A Python config as it is.
     """
-    cfg = load_config(get_config_file(config_path))
+    file = get_config_file(config_path)
+    if file.endswith(".py"):
+        return LazyConfig.load(file)
+    cfg = load_config(file)
     cfg.defrost()
     return cfg
 
@@ -59,8 +64,12 @@ def get(config_path: str, weights: str = "", device: str | None = None) -> nn.Mo
         InputError: there is no such config, or the weights do not fit.
     """
     cfg = get_config(config_path)
-    cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
-    model = build_model(cfg)
+    if isinstance(cfg, DictConfig):
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        model = instantiate(cfg.model).to(device or default)
+    else:
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        model = build_model(cfg)
     if weights:
         GFLCheckpointer(model, complete=True).load(weights)
     return model

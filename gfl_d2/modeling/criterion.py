@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -190,7 +191,8 @@ class GFLCriterion(nn.Module):
         :attr:`LossSums.divisors`, of one batch or of several added up.
         """
         score_norm, box_norm = all_reduce_mean(divisors).unbind()
-        return torch.stack((score_norm.clamp(min=1), box_norm.clamp(min=self.box_normalizer_min)))
+        score_norm = score_norm.clamp(min=1 / comm.get_world_size())  # 1 of all processes
+        return torch.stack((score_norm, box_norm.clamp(min=self.box_normalizer_min)))
 
     @torch.no_grad()
     def diagnostics(self, samples: Samples, num_images: int) -> dict[str, Tensor]:

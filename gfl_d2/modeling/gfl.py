@@ -89,7 +89,7 @@ class GFL(DenseDetector):
             ValueError: head and criterion differ in what is predicted, or that has no uncertainty.
         """
         super().__init__(
-            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+            backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
         )
         if (head.box, head.quality) != (criterion.box, criterion.quality):
             raise ValueError(

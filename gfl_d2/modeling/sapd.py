@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign, ShapeSpec
+from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
@@ -119,7 +120,7 @@ class SAPDAssigner(nn.Module):
 
         logits = full_precision(self.selector(outputs.features, gt))
         loss = F.cross_entropy(logits, best, reduction="none")
-        count = all_reduce_mean(is_learned.sum().to(loss)).clamp(min=1)
+        count = all_reduce_mean(is_learned.sum().to(loss)).clamp(min=1 / comm.get_world_size())
         loss = self.level_weight * torch.where(is_learned, loss, 0).sum() / count
 
         if outputs.iteration < self.hard_iterations:

@@ -11,6 +11,7 @@ from detectron2.data.transforms import ResizeTransform
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ...data import OpenCVResizeTransform
 from ...modeling import GFL
 from ...modeling.post_processing import Candidates
 from .running import ExportedModel
@@ -128,6 +129,9 @@ def resize_pictures(
     as large as fits in the size of the file.
     """
     resized = []
+    # Files of earlier versions do not say.
+    is_opencv = info.get("resize_filter") == "opencv"
+    make_resize = OpenCVResizeTransform if is_opencv else ResizeTransform
     for picture in pictures:
         height, width = picture.shape[:2]
         if info["size"]:
@@ -139,7 +143,7 @@ def resize_pictures(
                 factor = min(info["min_size"] / short, info["max_size"] / long)
             factor = max(scale * factor, min(factor, info["min_side"] / short))
         new_size = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
-        resized.append(ResizeTransform(height, width, *new_size).apply_image(picture))
+        resized.append(make_resize(height, width, *new_size).apply_image(picture))
     return resized
 
 

@@ -105,6 +105,7 @@ def describe(
         # than max_size. With a min_size of 0 images stay as they are.
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "resize_filter": cfg.INPUT.RESIZE_FILTER,  # "pillow" or "opencv"
         "size": options.size and list(options.size),  # height and width; None for any
         "size_divisibility": divisibility,
         # Every map has two rows and columns: PyTorch's exporter makes constants of ones.

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from .deform import use_torchvision_deform_conv
 
-__all__ = ["LastLevelP6P7OnP5", "build_gfl_fpn", "build_gfl_resnet_fpn_backbone"]
+__all__ = [
+    "LastLevelP6P7OnP5", "build_gfl_fpn", "build_gfl_resnet_fpn_backbone", "zero_init_residual"
+]  # fmt: skip
 
 
 class LastLevelP6P7OnP5(LastLevelP6P7):
@@ -27,15 +29,16 @@ class LastLevelP6P7OnP5(LastLevelP6P7):
         return [p6, self.p7(p6)]
 
 
-def zero_init_residual(resnet: ResNet) -> None:
+def zero_init_residual(resnet: ResNet) -> ResNet:
     """
-    Start every residual block as the identity: a zero scale in its last normalization (Goyal et
-    al., "Accurate, Large Minibatch SGD", section 5.1).
+    Start every residual block as the identity, in place: a zero scale in its last normalization
+    (Goyal et al., "Accurate, Large Minibatch SGD", section 5.1). Returns the ResNet.
     """
     for stage in resnet.stages:
         for block in stage:
             last = block.conv2 if isinstance(block, BasicBlock) else block.conv3
             nn.init.zeros_(last.norm.weight)
+    return resnet
 
 
 def build_gfl_fpn(cfg, bottom_up: Backbone) -> FPN:

@@ -1,0 +1,11 @@
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.solver import get_default_optimizer_params
+
+optimizer = L(torch.optim.SGD)(
+    # The training puts the model there as `params.model`.
+    params=L(get_default_optimizer_params)(weight_decay_norm="${..weight_decay}"),
+    lr=0.01,
+    momentum=0.9,
+    weight_decay=1e-4,
+)

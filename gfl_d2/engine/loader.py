@@ -1,0 +1,153 @@
+"""The images of a training, in an order that can be entered anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import InputError
+from .preemption import SIGNALS
+from .random_state import seeded_random_state
+
+__all__ = ["TrainingLoader"]
+
+# Which image, its number in the order of all that the training sees, in all processes, and the
+# iteration.
+_Sample = tuple[int, int, int]
+
+
+class TrainingLoader:
+    """
+    The batches of a training, without end, in the order of Detectron2's sampler
+    (``DATALOADER.SAMPLER_TRAIN``) and in its groups of images that lie or stand
+    (``ASPECT_RATIO_GROUPING``).
+
+    Which image is in which batch, and every random number that its augmentation draws from
+    Python's, NumPy's and PyTorch's generators, depend on the seed and on its number in that order
+    alone. So batches do not depend on ``NUM_WORKERS``, and the order can be entered anywhere.
+    Without groups a batch of all processes does not depend on their number either.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        records: list[dict],
+        mapper: Callable[[dict], dict | None],
+    ):
+        """
+        Args:
+            records: images in Detectron2's format. Each has "width" and "height".
+            mapper: makes the model's input of one, which has "iteration" too. If it makes None,
+                another image is drawn.
+
+        Raises:
+            InputError: the processes cannot share ``SOLVER.IMS_PER_BATCH``.
+        """
+        batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        if batch % processes:
+            raise InputError(
+                f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes, {processes}, "
+                f"got {batch}"
+            )
+        self._batch_size = batch // processes
+        self._cfg, self._mapper = cfg, mapper
+        self._sizes = [(record["width"], record["height"]) for record in records]
+        # Worker processes share its memory.
+        self._records = DatasetFromList(records, copy=False)
+        self._seed = None
+        self.start(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(), 0)
+
+    def start(self, seed: int, iteration: int) -> None:
+        """Iterators that are not in use yet begin with the batch of this iteration."""
+        if seed != self._seed:
+            self._seed, self._sampler = seed, self._build_sampler(seed)
+        self._iteration = iteration
+
+    def _build_sampler(self, seed: int) -> Iterable[int]:
+        cfg = self._cfg.clone()
+        cfg.defrost()
+        cfg.SEED = seed
+        # Some of Detectron2's samplers take SEED, others draw their seed.
+        with seeded_random_state(seed):
+            arguments = build_detection_train_loader.from_config(
+                cfg, mapper=self._mapper, dataset=self._records
+            )
+        return arguments["sampler"]
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        # Nothing of it runs, and no worker starts, before the first batch is taken.
+        batches = itertools.islice(enumerate(self._batches()), self._iteration, None)
+        samples = ((*sample, iteration) for iteration, batch in batches for sample in batch)
+        elements = iter(
+            DataLoader(
+                _SeededDataset(self._records, self._mapper, self._seed),
+                sampler=samples,
+                collate_fn=operator.itemgetter(0),
+                num_workers=self._cfg.DATALOADER.NUM_WORKERS,
+                worker_init_fn=_leave_signals_to_the_training,
+                # It draws a number when it starts, which is not to be one of the training's.
+                generator=torch.Generator(),
+            )
+        )
+        while True:
+            yield list(itertools.islice(elements, self._batch_size))
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Of images and their numbers."""
+        rank, processes = comm.get_rank(), comm.get_world_size()
+        samples = ((index, n * processes + rank) for n, index in enumerate(self._sampler))
+        if not self._cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            while True:
+                yield list(itertools.islice(samples, self._batch_size))
+        shapes = (
+            {"width": self._sizes[index][0], "height": self._sizes[index][1], "sample": (index, n)}
+            for index, n in samples
+        )
+        for batch in AspectRatioGroupedDataset(shapes, self._batch_size):
+            yield [shape["sample"] for shape in batch]
+
+
+class _SeededDataset(Dataset):
+    def __init__(self, records: Dataset, mapper: Callable[[dict], dict | None], seed: int):
+        self._records, self._mapper, self._seed = records, mapper, seed
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, sample: _Sample) -> Any:
+        index, number, iteration = sample
+        with seeded_random_state(self._seed, number):
+            for i in itertools.chain([index], self._others()):
+                element = self._mapper({**self._records[i], "iteration": iteration})
+                if element is not None:
+                    return element
+        raise InputError("The mapper makes None of all images of DATASETS.TRAIN")
+
+    def _others(self) -> Iterator[int]:
+        yield from torch.randperm(len(self)).tolist()
+
+
+def _leave_signals_to_the_training(worker_id: int) -> None:
+    """A signal to all processes of a job is not to end the workers before it is saved."""
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_wait_for_the_training, daemon=True).start()
+
+
+def _wait_for_the_training() -> None:
+    # By a signal of its own it ends workers that are left.
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
