@@ -83,6 +83,15 @@ class GFLCheckpointer(PlainCheckpointer):
         self.averaged = complete if averaged is None else averaged
 
     def save(self, name: str, **kwargs: Any) -> None:
+        """Raises InputError, and saves nothing, if a weight is NaN or infinite."""
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        wrong = [name for name, tensor in tensors if not tensor.isfinite().all()]
+        if wrong:
+            raise InputError(
+                f"Weights are NaN or infinite: {name_some(wrong)}. Nothing is saved; the last "
+                "checkpoint is of before. Lower SOLVER.BASE_LR, or set "
+                "SOLVER.CLIP_GRADIENTS.ENABLED True"
+            )
         super().save(name, **{**self.description, **kwargs})
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:

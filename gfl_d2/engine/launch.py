@@ -247,7 +247,10 @@ def _group_machines(processes: Processes) -> None:
 @contextlib.contextmanager
 def _signals_passed_on() -> Iterator[None]:
     def pass_on(number: int, frame: object) -> None:
-        for process in mp.active_children():
+        processes = mp.active_children()
+        if not processes:  # none has started yet
+            raise SystemExit(128 + signal.SIGTERM)
+        for process in processes:
             os.kill(process.pid, number)
 
     previous = {number: signal.signal(number, pass_on) for number in SIGNALS}

@@ -51,22 +51,13 @@ class TrainingLoader:
             records: images in Detectron2's format. Each has "width" and "height".
             mapper: makes the model's input of one, which has "iteration" too. If it makes None,
                 another image is drawn.
-
-        Raises:
-            InputError: the processes cannot share ``SOLVER.IMS_PER_BATCH``.
         """
-        batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-        if batch % processes:
-            raise InputError(
-                f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes, {processes}, "
-                f"got {batch}"
-            )
-        self._batch_size = batch // processes
+        self._batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
         self._cfg, self._mapper = cfg, mapper
         self._sizes = [(record["width"], record["height"]) for record in records]
         # Worker processes share its memory.
         self._records = DatasetFromList(records, copy=False)
-        self._seed = None
+        self._seed, self.last_batch = None, []
         self.start(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(), 0)
 
     def start(self, seed: int, iteration: int) -> None:
@@ -102,7 +93,8 @@ class TrainingLoader:
             )
         )
         while True:
-            yield list(itertools.islice(elements, self._batch_size))
+            self.last_batch = list(itertools.islice(elements, self._batch_size))
+            yield self.last_batch
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
         """Of images and their numbers."""

@@ -22,6 +22,7 @@ from ..deploy import compile_parts, has_fast_bfloat16
 from ..errors import InputError
 from ..modeling import GFL
 from .distillation import StudentWithTeacher, find_teacher, load_teacher
+from .divergence import describe_divergence
 from .ema import ModelAverager, share_buffers
 from .evaluation import build_evaluator, check_evaluators
 from .hooks import BestModelSaver, EarlyStopping, TrainingEnds
@@ -219,6 +220,14 @@ class Trainer(ParallelTrainer):
         # Each step has random numbers of its own: a resumed training draws them too.
         seed_random_state(self._seed, comm.get_rank(), self.iter)
         super().before_step()
+
+    def run_step(self) -> None:
+        """Raises InputError if the loss is NaN or infinite; no weight has changed by it."""
+        try:
+            super().run_step()
+        except FloatingPointError:  # Detectron2's
+            batch = getattr(self._trainer.data_loader, "last_batch", [])
+            raise InputError(describe_divergence(self.model, batch, self.iter)) from None
 
     # Detectron2 0.6 leaves the optimizer out of the checkpoint, and resumes without its momentum.
     def state_dict(self) -> dict:
