@@ -23,6 +23,7 @@ from gfl_d2.config import check_training_config
 from gfl_d2.data import (
     check_datasets,
     compare_classes,
+    naming_images_of_dead_workers,
     register_datasets,
     resolve_num_classes,
 )
@@ -85,6 +86,7 @@ def run(args):
     return train_or_evaluate(setup(args, comm.get_rank(), comm.get_world_size()), args)
 
 
+@naming_images_of_dead_workers()
 def train_or_evaluate(cfg, args):
     lock = None if args.eval_only else claim_output_folder(cfg.OUTPUT_DIR)  # noqa: F841
     setup_output(cfg, args)

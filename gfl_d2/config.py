@@ -245,12 +245,14 @@ def parse_config(text: str, path: str, opts: Sequence[str] = ()) -> CN:
 def _make_config(merge: Callable[[CN], None], opts: Sequence[str], source: str) -> CN:
     cfg = get_cfg()
     add_gfl_config(cfg)
+    defaults = cfg.clone()
     # What yacs raises for files and options that it cannot use.
     errors = (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError)
     errors = (*errors, RecursionError, yaml.YAMLError)  # a config that is its own _BASE_
     try:
         merge(cfg)
         cfg.merge_from_list([_as_written(item) for item in opts])
+        _refuse_none(cfg, defaults)
     except errors as error:
         reason = " ".join(str(error).split())  # PyYAML's has several lines
         if re.search(r"<class '(list|tuple)'> vs\. <class 'str'>", reason):
@@ -260,6 +262,15 @@ def _make_config(merge: Callable[[CN], None], opts: Sequence[str], source: str) 
     check_config(cfg)
     cfg.freeze()
     return cfg
+
+
+def _refuse_none(cfg: CN, defaults: CN, prefix: str = "") -> None:
+    """yacs takes None ("null" in YAML, or nothing) for a value of any type."""
+    for key, default in defaults.items():
+        if default is not None and cfg[key] is None:
+            raise ValueError(f"{prefix}{key} has no value, but a default: {str(default)[:60]}")
+        if isinstance(default, CN):
+            _refuse_none(cfg[key], default, f"{prefix}{key}.")
 
 
 def _as_written(option: str) -> str:

@@ -237,8 +237,9 @@ def _check_channels(cfg: CfgNode) -> None:
     allowed = "'BGR', 'RGB', 'L' or another that Detectron2 reads images in"
     require(cfg, "INPUT.FORMAT", number > 0, allowed)
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        allowed = f"{number} numbers for INPUT.FORMAT {image_format!r}"
-        require(cfg, f"MODEL.{key}", len(cfg.MODEL[key]) == number, allowed)
+        values, allowed = cfg.MODEL[key], f"{number} numbers for INPUT.FORMAT {image_format!r}"
+        are_numbers = all(isinstance(value, (int, float)) for value in values)
+        require(cfg, f"MODEL.{key}", len(values) == number and are_numbers, allowed)
     require(cfg, "MODEL.PIXEL_STD", min(cfg.MODEL.PIXEL_STD) > 0, "> 0")
 
 

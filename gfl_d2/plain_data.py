@@ -178,7 +178,7 @@ def check_weights(weights: Any, path: str) -> None:
         InputError: these are not tensors, or NumPy arrays, by their names, or one of them is not
             plain and dense, or has NaN or infinity in it.
     """
-    if not isinstance(weights, Mapping):
+    if not (isinstance(weights, Mapping) and weights):
         raise InputError(
             f"Weights file {path} is not a checkpoint of a model: it does not map names to tensors"
         )

@@ -1,4 +1,5 @@
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,21 @@ def cache_of_the_tests(tmp_path_factory):
     """What is remembered of datasets is not kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """A test that connects to another machine fails."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        is_here = self.family == socket.AF_UNIX or address[0] in ("localhost", "127.0.0.1", "::1")
+        assert is_here, f"a test connects to {address}"
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
         yield
 
 

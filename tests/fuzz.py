@@ -2,10 +2,8 @@
 """
 Give hostile files to all that reads files. Each has to be read, or refused in one line.
 
-    python tests/fuzz.py --count 12000                       # of each target
-    python tests/fuzz.py --atheris --count 12000 images      # guided by coverage
-
---atheris needs `pip install atheris`.
+    python tests/fuzz.py --count 12000                   # of each target
+    python tests/fuzz_by_coverage.py config 12000        # guided by coverage: pip install atheris
 
 What a file makes the reader do (start a process, load a pickle that may name anything, open a
 connection) is watched by an audit hook. tests/test_fuzz.py runs a few hundred of each target.
@@ -183,21 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; all by default")
     parser.add_argument("--count", type=int, default=12000, help="files for each")
-    parser.add_argument("--atheris", action="store_true", help="one target, guided by coverage")
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     names = args.targets or list(TARGETS)
     with tempfile.TemporaryDirectory() as folder:
         make_folder(folder)
-        if args.atheris:
-            import atheris
-
-            test = make_test(TARGETS[names[0]], args.count, folder, lambda kind: None)
-            atheris.instrument_all()
-            arguments = [sys.argv[0], f"-runs={args.count}", "-max_len=4096"]
-            atheris.Setup(arguments, test.hypothesis.fuzz_one_input)
-            atheris.Fuzz()
         for name in names:
             result = run(name, args.count, folder, keep_going=True)
             faults = result.pop("faults")

@@ -50,11 +50,13 @@ def replaced(tree: Any, path: tuple, value: Any) -> Any:
     try:
         for key in path[:-1]:
             parent = parent[key]
+        if not isinstance(parent, (dict, list)):
+            return tree
         if value is ABSENT:
             del parent[path[-1]]
         else:
             parent[path[-1]] = value
-    except (IndexError, KeyError, RuntimeError, TypeError):  # PyTorch raises the third
+    except (IndexError, KeyError, TypeError):
         pass
     return tree
 

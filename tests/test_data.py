@@ -2,11 +2,18 @@ import copy
 import json
 import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    MapDataset,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
 from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
@@ -17,9 +24,11 @@ from gfl_d2.data import (
     check_datasets,
     load_training_dicts,
     loading,
+    naming_images_of_dead_workers,
     register_coco_format,
     register_datasets,
 )
+from gfl_d2.data.images import cache_folder
 from gfl_d2.errors import InputError, user_message
 
 pytestmark = pytest.mark.usefixtures("clean_catalogs")
@@ -587,6 +596,31 @@ def test_message_survives_a_worker_process(data):
     message = str(error.value)
     assert message.startswith("Cannot read image ")
     assert message.endswith("no such file")
+
+
+class DyingMapper(GFLDatasetMapper):
+    """Killed at the second image, as when the memory is full."""
+
+    def __call__(self, record):
+        super().__call__(record)
+        if record["file_name"].endswith("2.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return record
+
+
+def test_a_worker_that_dies_names_its_image(data):
+    data.register()
+    loader = torch.utils.data.DataLoader(
+        MapDataset(DatasetCatalog.get("pets"), DyingMapper(make_cfg(), is_train=False)),
+        batch_size=None,
+        num_workers=1,
+    )
+    message = r"DataLoader worker .* It was at \S+2\.png: is that"
+    with pytest.raises(InputError, match=message), naming_images_of_dead_workers():
+        list(loader)
+    assert os.listdir(cache_folder("workers")) == []
+    with pytest.raises(RuntimeError, match=r"^other$"), naming_images_of_dead_workers():
+        raise RuntimeError("other")
 
 
 def test_messages_are_one_line():

@@ -357,6 +357,19 @@ def test_import_without_a_dependency(tmp_path, modules, cause, sentence):
     assert result.stdout.strip() == f"ImportError {cause} {sentence}"
 
 
+def test_import_opens_no_connection():
+    code = (
+        "import sys\n"
+        "def audit(event, args):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
+        "        sys.exit(f'{event} {args}')\n"
+        "sys.addaudithook(audit)\n"
+        "import gfl_d2, gfl_d2.analysis, gfl_d2.checkpoint, gfl_d2.conversion, gfl_d2.data\n"
+        "import gfl_d2.deploy, gfl_d2.distributions, gfl_d2.engine, gfl_d2.model_zoo\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_setup_metadata(monkeypatch):
     metadata = {}
     monkeypatch.setattr("setuptools.setup", metadata.update)

@@ -164,6 +164,12 @@ def test_arrays_of_other_things_are_refused(tmp_path, array, reason):
         load(tmp_path / "model.pkl")
 
 
+def test_a_pickle_without_weights(tmp_path):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"blobs": {"weight_momentum": 1}}))
+    with pytest.raises(InputError, match="does not map names to tensors"):
+        load(tmp_path / "model.pkl")
+
+
 def test_a_pickle_that_would_fill_the_memory(tmp_path):
     (tmp_path / "model.pkl").write_bytes(b"}r\xff\xff\xff\xff.")  # stores object 4,294,967,295
     with pytest.raises(InputError, match="numbers more objects than it has bytes"):
@@ -194,6 +200,22 @@ def test_a_config_executes_nothing(tmp_path):
     with pytest.raises(InputError, match="could not determine a constructor"):
         load_config(str(path))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("WRITERS: null", "WRITERS has no value"),
+        ("TEST: {AUG: {MAX_SIZE: }}", r"TEST\.AUG\.MAX_SIZE has no value, but a default: 4000"),
+        ("MODEL: null", "config.yaml"),
+        ("MODEL: {PIXEL_STD: [null, null, null]}", r"MODEL\.PIXEL_STD must be 3 numbers"),
+        ("MODEL: {PIXEL_MEAN: [a, b, c]}", r"MODEL\.PIXEL_MEAN must be 3 numbers"),
+    ],
+)
+def test_values_that_are_none(tmp_path, text, reason):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        load_config(str(tmp_path / "config.yaml"))
 
 
 def test_a_config_that_grows_is_refused(tmp_path):

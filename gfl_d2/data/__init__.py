@@ -12,3 +12,4 @@ from .dataset_mapper import GFLDatasetMapper
 from .from_config import register_datasets
 from .images import read_image, to_array
 from .registration import read_coco, register_coco_format
+from .workers import naming_images_of_dead_workers

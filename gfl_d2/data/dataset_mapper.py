@@ -16,6 +16,7 @@ from ..errors import InputError
 from .augmentation import adapt_augmentations
 from .images import read_image
 from .mixing import Mixing, Sample, area, cut, is_visible
+from .workers import note_image
 
 __all__ = ["GFLDatasetMapper"]
 
@@ -126,6 +127,7 @@ class GFLDatasetMapper(DatasetMapper):
         return Sample(sample.image, [a for a in sample.annotations if is_visible(a, least)])
 
     def _augment_image(self, dataset_dict: dict) -> tuple[np.ndarray, T.TransformList]:
+        note_image(dataset_dict["file_name"])
         image = read_image(dataset_dict["file_name"], self.image_format)
         try:
             detection_utils.check_image_size(dataset_dict, image)  # which adds a missing size
