@@ -1,3 +1,4 @@
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -47,6 +48,19 @@ def real_data() -> Path:
 @pytest.fixture
 def clean_catalogs():
     """Forgets the datasets that a test registers."""
+    with forgotten_datasets():
+        yield
+
+
+@pytest.fixture(scope="module")
+def clean_catalogs_of_module():
+    """The same, for those of a module."""
+    with forgotten_datasets():
+        yield
+
+
+@contextlib.contextmanager
+def forgotten_datasets():
     catalogs = (DatasetCatalog, MetadataCatalog)
     before = [set(catalog) for catalog in catalogs]
     yield

@@ -15,6 +15,11 @@ def load_script(path: str) -> ModuleType:
     folder = str((ROOT / path).parent)
     if folder not in sys.path:
         sys.path.append(folder)
+    loaded = sys.modules.get(Path(path).stem)
+    if getattr(loaded, "__file__", None) == str(
+        ROOT / path
+    ):  # other processes find its functions there
+        return loaded
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there

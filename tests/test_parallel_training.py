@@ -41,7 +41,7 @@ def run(folder, *args, opts=()):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, clean_catalogs_of_module):
     """A dataset of five images, and the same training in one process and in two."""
     folder = tmp_path_factory.mktemp("toy")
     write_dataset(folder)
