@@ -16,9 +16,8 @@ def load_script(path: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     loaded = sys.modules.get(Path(path).stem)
-    if getattr(loaded, "__file__", None) == str(
-        ROOT / path
-    ):  # other processes find its functions there
+    # Other processes find its functions there.
+    if getattr(loaded, "__file__", None) == str(ROOT / path):
         return loaded
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
