@@ -44,7 +44,7 @@ from gfl_d2.engine.launch import (
     launch,
     said_once,
 )
-from gfl_d2.errors import InputError, user_message
+from gfl_d2.errors import InputError
 
 
 def read_config(args):
@@ -88,6 +88,7 @@ def run(args):
 
 @naming_images_of_dead_workers()
 def train_or_evaluate(cfg, args):
+    # Held until the end.
     lock = None if args.eval_only else claim_output_folder(cfg.OUTPUT_DIR)  # noqa: F841
     setup_output(cfg, args)
     if args.eval_only:
@@ -122,7 +123,7 @@ def main(args):
         with joined(processes, device):
             return train_or_evaluate(cfg, args)
     except InputError as error:
-        sys.exit(f"Error: {user_message(error)}")
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-__all__ = ["InputError", "first_line", "name_some", "user_message"]
+__all__ = ["InputError", "first_line", "name_some"]
 
 
 class InputError(ValueError):
@@ -22,11 +22,6 @@ class InputError(ValueError):
 # How a traceback ends before the message of an InputError.
 _MARK = f"{InputError.__module__}.{InputError.__qualname__}: "
 _LONGEST = 1500  # characters
-
-
-def user_message(error: BaseException) -> str:
-    """The plain message of an error."""
-    return str(error).strip()
 
 
 def first_line(error: BaseException) -> str:

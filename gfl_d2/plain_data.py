@@ -35,8 +35,8 @@ _REFUSED_PICKLE = (
     "refused, and nothing in it has been executed. If you trust it, save its weights by torch.save "
     "as .pth where it comes from"
 )
-# Letters of NumPy's types of plain numbers, with the sizes that PyTorch has too.
 _LARGEST_YAML = 10**6  # values
+# Letters of NumPy's types of plain numbers, with the sizes that PyTorch has too.
 _NUMBER = re.compile(r"[?b]1?|[iuf][1248]|f2")
 
 

@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from gfl_d2 import load_config
@@ -202,6 +203,16 @@ def make_input(boxes=((10.0, 8.0, 70.0, 60.0), (30.0, 20.0, 90.0, 50.0)), size=(
     gt.gt_classes = torch.arange(len(boxes)) % 3
     pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
     return {"image": pixels, "instances": gt}
+
+
+def train_step(model: nn.Module, inputs: list[dict]) -> dict[str, torch.Tensor]:
+    """One of SGD. The losses."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    with EventStorage():
+        losses = model.train()(inputs)
+    sum(losses.values()).backward()
+    optimizer.step()
+    return losses
 
 
 def randomize_norms(model: torch.nn.Module) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 
@@ -9,9 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.engine import HookBase
-from detectron2.utils import comm
 
 import models  # noqa: F401  (registers the tiny backbone)
 from gfl_d2 import load_config
@@ -19,6 +18,7 @@ from gfl_d2.data import load_training_dicts, register_datasets
 from gfl_d2.engine import Trainer
 from gfl_d2.engine.loader import TrainingLoader
 from gfl_d2.errors import InputError
+from processes import run_processes
 from toy_training import CONFIG, options, write_dataset
 
 TINY = (
@@ -282,26 +282,19 @@ def test_another_image_for_one_without_input(dataset):
 # Two processes
 
 
-def share(rank, folder, kind):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def train_share(folder, kind, rank):
     opts = (*KINDS[kind], "SOLVER.IMS_PER_BATCH", 4)
     numbers = train(folder, "whole", *opts)
     parts = train_in_parts(folder, "parts", *opts, killed=[4, 5])
     cfg = make_config(folder, "DATALOADER.ASPECT_RATIO_GROUPING", False, "SOLVER.IMS_PER_BATCH", 4)
     batches = take(Trainer.build_train_loader(cfg))
-    torch.save((numbers, parts, batches), folder / f"{rank}.pt")
-    comm.synchronize()
-    torch.distributed.destroy_process_group()
+    return numbers, parts, batches
 
 
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_two_processes(dataset, kind):
-    mp.spawn(share, args=(dataset, kind), nprocs=2)
+    results = run_processes(functools.partial(train_share, dataset, kind), 2, dataset)
     assert_equal(read(dataset / "parts"), read(dataset / "whole"))
-    results = [torch.load(dataset / f"{rank}.pt") for rank in range(2)]
     drawn = set()
     for numbers, parts, _ in results:
         assert parts == numbers

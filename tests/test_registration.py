@@ -18,7 +18,7 @@ from gfl_d2.data import (
     resolve_num_classes,
 )
 from gfl_d2.errors import InputError
-from test_data import HEIGHT, WIDTH, Data, make_cfg, warnings
+from small_dataset import HEIGHT, WIDTH, Data, make_cfg, warnings
 from toy_training import CONFIG
 
 pytestmark = pytest.mark.usefixtures("clean_catalogs")

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from detectron2.modeling import build_backbone, build_model
-from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.testing import assert_close
 
@@ -17,7 +16,7 @@ from gfl_d2.checkpoint import GFLCheckpointer
 from gfl_d2.errors import InputError
 from gfl_d2.modeling.backbone import layer_decay_factors
 from gfl_d2.modeling.backbone.vit import ViT
-from models import make_input, small_config
+from models import make_input, small_config, train_step
 from scripts import ROOT
 
 needs_vit = pytest.mark.skipif(ViT is None, reason="Detectron2 0.6 has no ViT")
@@ -41,15 +40,6 @@ def config(opts, *more):
     return small_config("joint", "general", "atss", *opts, *more)
 
 
-def step(model, inputs):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    with EventStorage():
-        losses = model.train()(inputs)
-    sum(losses.values()).backward()
-    optimizer.step()
-    return losses
-
-
 @pytest.mark.parametrize("opts", MODELS)
 def test_training(opts):
     torch.manual_seed(0)
@@ -59,7 +49,7 @@ def test_training(opts):
     assert strides == {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
     inputs = [make_input(), make_input(size=(96, 70))]  # padded to a multiple of 32
     for _ in range(3):
-        assert all(loss.isfinite() for loss in step(model, inputs).values())
+        assert all(loss.isfinite() for loss in train_step(model, inputs).values())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all()
@@ -86,7 +76,7 @@ def test_sizes_and_copies(opts):
 def test_frozen_stages_of_a_regnet():
     model = build_model(config(REGNET, "MODEL.BACKBONE.FREEZE_AT", 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    step(model, [make_input(), make_input(size=(96, 70))])
+    train_step(model, [make_input(), make_input(size=(96, 70))])
     for name, value in model.state_dict().items():
         if name.startswith(("backbone.bottom_up.stem.", "backbone.bottom_up.s1.")):
             assert torch.equal(value, before[name]), name

@@ -11,13 +11,12 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
-from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from gfl_d2 import load_config
 from gfl_d2.errors import InputError
 from gfl_d2.modeling.backbone import TimmBackbone, layer_decay_factors, timm_backbone
-from models import make_input, randomize_norms, small_config
+from models import make_input, randomize_norms, small_config, train_step
 from scripts import ROOT
 
 timm = pytest.importorskip("timm")
@@ -44,16 +43,6 @@ def config(name, *opts):
         *("joint", "general", "atss", "MODEL.BACKBONE.NAME", "build_gfl_timm_fpn_backbone"),
         *("MODEL.TIMM.NAME", name, *opts),
     )
-
-
-def step(model, inputs):
-    """One of SGD. The losses."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    with EventStorage():
-        losses = model.train()(inputs)
-    sum(losses.values()).backward()
-    optimizer.step()
-    return losses
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +81,7 @@ def test_configs_train(name):
     inputs = [make_input(), make_input(size=(96, 70))]  # padded to a multiple of 32
     before = copy.deepcopy(dict(model.named_parameters()))
     for _ in range(2):
-        losses = step(model, inputs)
+        losses = train_step(model, inputs)
         assert all(loss.isfinite() for loss in losses.values())
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -159,7 +148,7 @@ def test_frozen_stages_and_norms(freeze_norms):
     bottom_up = model.backbone.bottom_up
     frozen = {n for n, stage in TimmBackbone(LITE).stages().items() if stage <= 2}
     before = {name: value.clone() for name, value in bottom_up.state_dict().items()}
-    step(model, [make_input(), make_input(size=(70, 96))])
+    train_step(model, [make_input(), make_input(size=(70, 96))])
     trained = dict(bottom_up.named_parameters())
     for name, value in bottom_up.state_dict().items():
         part = name.rpartition(".")[0]

@@ -29,7 +29,7 @@ from gfl_d2.deploy.export import EXTENSIONS, ExportedModel, load_exported
 from gfl_d2.deploy.export.check import make_batch, resize_pictures
 from gfl_d2.engine import Trainer, check_evaluators, inference_folder
 from gfl_d2.engine.runs import parse_arguments
-from gfl_d2.errors import InputError, first_line, user_message
+from gfl_d2.errors import InputError, first_line
 from gfl_d2.modeling.post_processing import Candidates, suppress
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     try:
         evaluate(args.file, args.config_file, args.opts)
     except InputError as error:
-        sys.exit(f"Error: {user_message(error)}")
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ from gfl_d2.engine import (
     check_output_folder,
 )
 from gfl_d2.engine.ema import ModelAverager, share_buffers
+from gfl_d2.engine.launch import hide_from_log
 from gfl_d2.engine.solver import clip_all_gradients
-from gfl_d2.errors import InputError, first_line, user_message
+from gfl_d2.errors import InputError, first_line
 
 logger = logging.getLogger("gfl_d2")
 
@@ -208,13 +209,11 @@ def run(args) -> dict | None:
 
 def main(args) -> dict | None:
     # Detectron2 logs what ends a training with its stack trace. A user's mistake needs none.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(
-        lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))
-    )
+    hide_from_log(lambda error: isinstance(error, InputError))
     try:
         return run(args)
     except InputError as error:
-        sys.exit(f"Error: {user_message(error)}")
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,7 @@ from detectron2.config import LazyCall as L
 from gfl_d2.modeling.backbone import use_torchvision_deform_conv
 
 from .common.models.resnet import resnet_stages
-from .gfl_R_50_FPN_ms_2x import (
-    dataloader,
-    datasets,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .gfl_R_50_FPN_ms_2x import dataloader, datasets, lr_multiplier, model, optimizer, train
 
 model.backbone.bottom_up.stages = resnet_stages(
     deformable=[False, True, True, True], modulated=True

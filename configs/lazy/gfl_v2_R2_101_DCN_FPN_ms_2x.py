@@ -3,14 +3,7 @@ from detectron2.config import LazyCall as L
 from gfl_d2.modeling.backbone import DeepStem
 
 from .common.models.resnet import res2net_stages
-from .gfl_v2_R_50_FPN_ms_2x import (
-    dataloader,
-    datasets,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .gfl_v2_R_50_FPN_ms_2x import dataloader, datasets, lr_multiplier, model, optimizer, train
 
 _resnet = model.backbone.bottom_up
 _resnet.stem = L(DeepStem)(in_channels=3, out_channels=64, norm="FrozenBN")

@@ -66,8 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if path.endswith(".safetensors"):
         return _unwrap(path, _read_safetensors(path))
     names = [(_Nothing, name) for name in _READ_AS_NOTHING]
-    content = load_torch(path, path, names)
-    return _unwrap(path, content)
+    return _unwrap(path, load_torch(path, path, names))
 
 
 def _read_safetensors(path: str) -> dict[str, Tensor]:

@@ -25,9 +25,10 @@ def note_image(name: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is None or get_worker_info() is None:
         return
-    path = _path(parent.pid, os.getpid())
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(name)
+    # The file is not emptied before: some file systems then wait for the disk.
+    file = os.open(_path(parent.pid, os.getpid()), os.O_WRONLY | os.O_CREAT)
+    os.write(file, os.fsencode(f"{name}\0"))
+    os.close(file)
 
 
 @contextlib.contextmanager
@@ -61,8 +62,7 @@ def _path(main: int, worker: int | str) -> str:
 
 def _read_name(worker: int) -> str:
     try:
-        path = _path(os.getpid(), worker)
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        with open(_path(os.getpid(), worker), "rb") as file:
+            return os.fsdecode(file.read().partition(b"\0")[0])
     except OSError:
         return ""

@@ -21,8 +21,8 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.engine.launch import launch as launch_on_gpus
 from detectron2.utils import comm
 
-from ..errors import InputError, user_message
-from .preemption import SIGNALS
+from ..errors import InputError
+from .preemption import SIGNALS, Preempted
 
 __all__ = [
     "Processes", "add_arguments", "find_processes", "hide_from_log", "joined", "launch", "said_once"
@@ -118,11 +118,16 @@ def _of_torchrun(args: argparse.Namespace) -> Processes:
             f"RANK, LOCAL_RANK and WORLD_SIZE are set, as by torchrun, but not {missing}: set "
             "these too, or unset RANK"
         )
-    for name in ("num_gpus", "num_processes", "num_machines", "machine_rank"):
-        if vars(args).get(name) not in (None, {"num_machines": 1}.get(name, 0)):
+    given = {
+        "--num-gpus": args.num_gpus,
+        "--num-processes": vars(args).get("num_processes"),
+        "--num-machines": args.num_machines != 1,
+        "--machine-rank": args.machine_rank,
+    }
+    for option, is_given in given.items():
+        if is_given:
             raise InputError(
-                f"--{name.replace('_', '-')} and torchrun (RANK is set) both start processes: "
-                "leave it out"
+                f"{option} and torchrun (RANK is set) both start processes: leave it out"
             )
     try:
         rank, local_rank, total, local = (int(os.environ[name]) for name in _OF_TORCHRUN)
@@ -199,7 +204,7 @@ def _call(function: Callable, args: tuple, failures: mp.SimpleQueue) -> None:
     try:
         function(*args)
     except InputError as error:
-        failures.put((True, user_message(error)))
+        failures.put((True, str(error)))
         raise
     except Exception:
         time.sleep(_STAY)
@@ -249,7 +254,7 @@ def _signals_passed_on() -> Iterator[None]:
     def pass_on(number: int, frame: object) -> None:
         processes = mp.active_children()
         if not processes:  # none has started yet
-            raise SystemExit(128 + signal.SIGTERM)
+            raise Preempted
         for process in processes:
             os.kill(process.pid, number)
 

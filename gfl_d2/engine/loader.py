@@ -7,12 +7,12 @@ import operator
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
@@ -43,20 +43,20 @@ class TrainingLoader:
     def __init__(
         self,
         cfg: CfgNode,
-        records: list[dict],
+        records: Sequence[dict],
         mapper: Callable[[dict], dict | None],
     ):
         """
         Args:
-            records: images in Detectron2's format. Each has "width" and "height".
+            records: images in Detectron2's format. Each has "width" and "height". Worker processes
+                share the memory of a :class:`DatasetFromList`.
             mapper: makes the model's input of one, which has "iteration" too. If it makes None,
                 another image is drawn.
         """
         self._batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
         self._cfg, self._mapper = cfg, mapper
         self._sizes = [(record["width"], record["height"]) for record in records]
-        # Worker processes share its memory.
-        self._records = DatasetFromList(records, copy=False)
+        self._records = records
         self._seed, self.last_batch = None, []
         self.start(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(), 0)
 
@@ -112,7 +112,7 @@ class TrainingLoader:
 
 
 class _SeededDataset(Dataset):
-    def __init__(self, records: Dataset, mapper: Callable[[dict], dict | None], seed: int):
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict | None], seed: int):
         self._records, self._mapper, self._seed = records, mapper, seed
 
     def __len__(self) -> int:

@@ -71,10 +71,8 @@ def check_space(
     folder = checkpointer.save_dir
     if not comm.is_main_process() or "://" in folder:
         return
-    size, free = (
-        _checkpoint_size(checkpointer, optimizer) / 1e6,
-        shutil.disk_usage(folder).free / 1e6,
-    )
+    size = _checkpoint_size(checkpointer, optimizer) / 1e6
+    free = shutil.disk_usage(folder).free / 1e6
     if free < size:
         raise InputError(
             f"OUTPUT_DIR {folder} has {free:.0f} MB of free space, but a checkpoint takes about "
