@@ -4,7 +4,7 @@ Kill a small training on a CPU again and again, resume it, and compare it with o
 alone. A third of the kills comes at any moment, from the start of the process on; a third while
 a checkpoint is written, a third while `last_checkpoint` is.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python dev/survive_kills.py --kills 50
+    PYTHONPATH=. python dev/survive_kills.py --kills 50
 
 It ends with status 1 if --resume ever meets a file that it cannot load, if a training goes back
 by more than what it did since its last checkpoint, or if weights differ by a bit.
@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -51,9 +52,9 @@ def start(folder: Path, name: str, num_iterations: int, *args: str) -> int:
         return process
     status = 1
     try:
-        log = os.open(folder / f"{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        # The threads of OpenMP are not forked, and it would wait for them.
+        torch.set_num_threads(1)
+        sys.stdout = sys.stderr = (folder / f"{name}.txt").open("a", buffering=1)
         opts = (*_OPTIONS, "SOLVER.MAX_ITER", num_iterations, "OUTPUT_DIR", folder / name)
         command = ["--config-file", CONFIG, *args, *options(folder, *opts)]
         train_net.main(default_argument_parser().parse_args(command))
@@ -61,6 +62,8 @@ def start(folder: Path, name: str, num_iterations: int, *args: str) -> int:
     except SystemExit as end:
         print(end)
         status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

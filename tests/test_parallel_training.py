@@ -103,7 +103,11 @@ def test_two_processes_evaluate_as_one(trained, how):
     for process in evaluate(trained, how):
         assert process.wait() == 0
     opts = ["MODEL.WEIGHTS", trained / "one" / "model_final.pth", "OUTPUT_DIR", trained / "alone"]
+    # Each process above has one thread, and sums of more are rounded elsewhere.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     run(trained, "--eval-only", opts=opts)
+    torch.set_num_threads(num_threads)
     results = [
         json.loads((trained / name / "inference" / "coco_instances_results.json").read_text())
         for name in ("alone", how)
