@@ -3,6 +3,7 @@
 VENV ?= .venv
 TESTS ?= tests
 PYTEST_ARGS ?=
+LOCK_ARGS ?=
 DETECTRON2 ?=
 LINT_VENV := .venv-lint
 
@@ -13,13 +14,15 @@ VENV_PYTHON := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint format demo clean distclean
+.PHONY: help env test test-fast lint format lock demo clean distclean
 
 help:
 	@echo "make env        build the environment: Detectron2 0.6 from PyPI, without its C++ extension"
 	@echo "make test       run the tests, in the environment (built if needed)"
+	@echo "make test-fast  the same without the slow ones"
 	@echo "make lint       check style and imports of the code; needs no environment"
 	@echo "make format     correct the code's style"
+	@echo "make lock       pin the packages of dev/requirements/*.in, with their hashes, in *.txt"
 	@echo "make demo       run the demo, in the environment (built if needed)"
 	@echo "make clean      remove build products and the outputs of the demo"
 	@echo "make distclean  make clean, and remove the environments"
@@ -32,6 +35,8 @@ help:
 	@echo "  DETECTRON2=pypi      go back to Detectron2 0.6 from PyPI"
 	@echo "  TESTS=<files>        the tests to run (tests)"
 	@echo "  PYTEST_ARGS=<args>   more arguments of pytest"
+	@echo "  LOCK_ARGS=<args>     more arguments of uv: --upgrade for the newest of all packages,"
+	@echo "                       --upgrade-package <name> for that of one"
 
 env:
 	@$(BASE_PYTHON) dev/make_env.py "$(VENV)" \
@@ -41,14 +46,17 @@ env:
 test: env
 	"$(VENV_PYTHON)" -m pytest -o tmp_path_retention_policy=failed $(TESTS) $(PYTEST_ARGS)
 
+# What a change is tried with again and again: some minutes.
+test-fast: env
+	"$(VENV_PYTHON)" -m pytest -o tmp_path_retention_policy=failed -m "not slow" $(TESTS) $(PYTEST_ARGS)
+
 demo: env
 	"$(VENV_PYTHON)" demo/run_demo.py
 
 # ruff and import-linter have an environment of their own, without PyTorch: it takes seconds.
-$(LINT_VENV)/complete: dev/requirements/lint.txt dev/requirements/constraints.txt
+$(LINT_VENV)/complete: dev/requirements/lint.txt
 	$(BASE_PYTHON) -m venv --clear $(LINT_VENV)
-	$(LINT_VENV)/bin/python -m pip install -q --disable-pip-version-check \
-		-r dev/requirements/lint.txt -c dev/requirements/constraints.txt
+	$(LINT_VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $<
 	touch $@
 
 lint: $(LINT_VENV)/complete
@@ -59,6 +67,14 @@ lint: $(LINT_VENV)/complete
 format: $(LINT_VENV)/complete
 	$(LINT_VENV)/bin/ruff check --config dev/ruff.toml --fix .
 	$(LINT_VENV)/bin/ruff format --config dev/ruff.toml .
+
+# Versions that are there stay, unless LOCK_ARGS says otherwise.
+lock: $(LINT_VENV)/complete
+	@cd dev/requirements && for name in build lint env; do \
+		../../$(LINT_VENV)/bin/uv pip compile -q --universal --python-version 3.9 --generate-hashes \
+			--no-annotate --custom-compile-command "make lock" $$name.in -o $$name.txt $(LOCK_ARGS) \
+			|| exit; \
+	done
 
 clean:
 	rm -rf build dist output/demo *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -212,14 +212,13 @@ def detectron2_source(choice):
 
 
 def install_packages(venv):
-    constraints = ("-c", REQUIREMENTS / "constraints.txt")
+    def install(name, *arguments):
+        pip(venv, "install", "-q", "--require-hashes", "-r", REQUIREMENTS / name, *arguments)
+
     say("Installing pip and the build tools")
-    pip(venv, "install", "-q", "-r", REQUIREMENTS / "build.txt")
-    say("Installing torch and torchvision (3 GB to download, 5 GB on disk)")
-    pip(venv, "install", "-q", "-r", REQUIREMENTS / "torch.txt", *constraints)
-    say("Installing the other packages")
-    pip(venv, "install", "-q", "--no-build-isolation", "-r", REQUIREMENTS / "torch.txt",
-        "-r", REQUIREMENTS / "env.txt", *constraints)  # fmt: skip
+    install("build.txt")
+    say("Installing PyTorch and the other packages (3 GB to download, 5 GB on disk)")
+    install("env.txt", "--no-build-isolation")
 
 
 def install_detectron2(venv, source):

@@ -56,7 +56,7 @@ def load_torch(
         InputError: it is something else, is damaged, or holds more than tensors and plain data.
             The message says what.
     """
-    _refuse_compressed(file, path)
+    _refuse_archives(file, path)
     is_new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
     names = torch.serialization.safe_globals(nothing) if nothing and is_new else nullcontext()
     try:
@@ -73,13 +73,19 @@ def load_torch(
         raise InputError(text.splitlines()[0]) from None
 
 
-def _refuse_compressed(file: str | os.PathLike, path: str) -> None:
-    """``torch.save`` compresses nothing: a file that grows when it is read may fill the memory."""
+def _refuse_archives(file: str | os.PathLike, path: str) -> None:
+    """
+    TorchScript is a program. And ``torch.save`` compresses nothing: a file that grows when it is
+    read may fill the memory.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
     except Exception:  # no archive, or a damaged one: PyTorch tells
         return
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise InputError(f"Weights file {path} is a TorchScript program: give the checkpoint")
+    size = sum(entry.file_size for entry in entries)
     if size > os.path.getsize(file):
         raise InputError(f"Weights file {path} is compressed, to {size} bytes: unpack it first")
 

@@ -12,6 +12,17 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config):
+    lines = {
+        "markers": ["slow: takes seconds, or starts processes; `make test-fast` leaves it out"],
+        # Those of tracing are about what is constant in a trace: the tests use it at other sizes.
+        "filterwarnings": ["error:::gfl_d2", "ignore::torch.jit.TracerWarning:gfl_d2"],
+    }
+    for name, values in lines.items():
+        for value in values:
+            config.addinivalue_line(name, value)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_the_tests(tmp_path_factory):
     """What is remembered of datasets is not kept."""

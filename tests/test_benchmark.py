@@ -29,6 +29,7 @@ def run(monkeypatch, tmp_path, *args):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["infer", "train", "loss", "post"])
 def test_models_side_by_side(monkeypatch, tmp_path, capsys, mode):
     report = run(monkeypatch, tmp_path, mode)

@@ -35,6 +35,7 @@ def small_models(monkeypatch):
         monkeypatch.setattr(gpu, name, build)
 
 
+@pytest.mark.slow
 def test_everything_runs(monkeypatch, tmp_path, capsys, small_models):
     path = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--size", "64", "96", "--batch", "2", "--json", str(path)]

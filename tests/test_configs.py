@@ -85,6 +85,7 @@ def test_published_models_are_all_there():
     assert len(PUBLISHED) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_complexity(name):
     model = build_model(load(name))
@@ -96,6 +97,7 @@ def test_complexity(name):
         assert golden["macs_256x256"] > plain["macs_256x256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gmacs", "million_parameters"),
     [

@@ -172,6 +172,7 @@ def shipped_configs():
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_configs())
 def test_weights_of_a_shipped_config_find_it(name):
     cfg = load_config(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"]).clone()

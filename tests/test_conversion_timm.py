@@ -90,6 +90,7 @@ def test_from_a_file_to_a_detector(tmp_path, capsys, suffix, is_named):
         assert_close(model.backbone.bottom_up(image)[feature], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnext_tiny", SWIN])
 def test_config_is_found(tmp_path, capsys, name):
     with torch.device("meta"):

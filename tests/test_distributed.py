@@ -74,6 +74,7 @@ def of_processes(tmp_path_factory, request):
 of_one_process = functools.lru_cache(maxsize=None)(lambda choices: train(choices, [0, 1, 2, 3]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", ALL_CHOICES)
 def test_processes_are_one_batch(of_processes, choices):
     """

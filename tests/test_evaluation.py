@@ -102,6 +102,7 @@ def evaluate(evaluator: evaluation.COCOEvaluator, detections: dict, **kwargs) ->
 # Numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 150])
 def test_numbers_are_those_of_pycocotools(tmp_path, register, limit):
     data = make_data(num_boxes=12 if limit == 100 else 230)

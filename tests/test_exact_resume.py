@@ -130,6 +130,7 @@ def dataset(tmp_path, clean_catalogs):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_training_is_the_uninterrupted_one(dataset, kind):
     """Killed in an epoch of three iterations, and at the end of one."""
@@ -211,6 +212,7 @@ def assert_equal_batches(a, b):
         assert all(torch.equal(x, y) for (_, x), (_, y) in zip(first, second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 3])
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
 @pytest.mark.parametrize("is_grouped", [False, True])
@@ -291,6 +293,7 @@ def train_share(folder, kind, rank):
     return numbers, parts, batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_two_processes(dataset, kind):
     results = run_processes(functools.partial(train_share, dataset, kind), 2, dataset)

@@ -84,6 +84,7 @@ def test_choices(choices, tmp_path, picture):
     assert_same(check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_backbones(backbone, tmp_path, picture):
     cfg = make_config(tmp_path, "joint", "general", *BACKBONES[backbone])
@@ -108,6 +109,7 @@ FORMATS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_any_size_with_nms(file_format, tmp_path, picture):
     cfg = make_config(tmp_path)
@@ -137,6 +139,7 @@ def test_any_size_with_nms(file_format, tmp_path, picture):
     np.testing.assert_array_equal(exported(pixels, sizes)[0], boxes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_one_size_without_nms_from_bytes(file_format, tmp_path, picture):
     cfg = make_config(tmp_path)
@@ -151,6 +154,7 @@ def test_one_size_without_nms_from_bytes(file_format, tmp_path, picture):
     assert boxes.shape == (1, 3 * (12 * 20 + 3 * 5), 4) and scores.shape == boxes.shape[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_packages(*NEEDS["onnx"]), reason="not installed")
 def test_onnx_of_deformable_convolutions(tmp_path, picture):
     cfg = make_config(tmp_path, "dgqp", "general", *BACKBONES["DCNv2"])
@@ -163,6 +167,7 @@ def test_onnx_of_deformable_convolutions(tmp_path, picture):
     assert "DeformConv" in {node.op_type for node in model.graph.node}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_half(file_format, tmp_path, picture):
     whole, half = tmp_path / "whole", tmp_path / "half"
@@ -178,6 +183,7 @@ def test_half(file_format, tmp_path, picture):
     assert sizes[1] < 0.8 * sizes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", FORMATS[:2])
 def test_int8(file_format, tmp_path, picture):
     if file_format == "openvino":

@@ -57,6 +57,7 @@ def find_gap(scores: np.ndarray) -> float:
     return float(scores[i] + scores[i + 1]) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "opts"),
     [({}, ()), ({"size": (160, 256), "uint8": True}, ("INPUT.FORMAT", "RGB"))],

@@ -73,6 +73,7 @@ def run_torch(model, candidates):
     return [x.numpy() for x in graph.best_detections(candidates, torch.tensor([SIZE] * 2))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [run_onnx, run_openvino, run_torch])
 @pytest.mark.parametrize("class_agnostic", [False, True])
 @pytest.mark.parametrize(("number", "limit"), [(400, 30), (400, 1000), (7, 30)])

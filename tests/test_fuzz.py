@@ -24,6 +24,7 @@ from gfl_d2.plain_data import load_pickle
 COUNTS = {"config": 100}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 @pytest.mark.filterwarnings("ignore")
 def test_hostile_files_are_read_or_refused(tmp_path, name):
@@ -181,6 +182,13 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
     (tmp_path / "model.pth").write_bytes(content)
     with pytest.raises(InputError, match=r"model\.pth is compressed, to 1\d{6} bytes"):
         load(tmp_path / "model.pth")
+
+
+def test_a_torchscript_program_is_refused(tmp_path):
+    path = tmp_path / "model.ts"
+    torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)).save(path)
+    with pytest.raises(InputError, match=r"model\.ts is a TorchScript program: give the"):
+        load(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -207,6 +207,7 @@ def test_compiled_parts_are_used(monkeypatch):
     assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["training", "float32", "bfloat16"])
 def test_what_is_compiled_gives_the_same(monkeypatch, mode):
     """Traced by PyTorch's compiler without a break, but run as it is."""

@@ -116,17 +116,20 @@ def end(how: str) -> None:
     dist.all_reduce(torch.zeros(1))
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process():
     with pytest.raises(InputError) as caught:
         launch(end, ("mistake",), Processes(2), "cpu", "")
     assert str(caught.value) == "photo.png is damaged"
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_process():
     with pytest.raises(SystemExit, match=r"Process 1 failed:(.|\n)*KeyError: 'of the second"):
         launch(end, ("bug",), Processes(2), "cpu", "")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed(capfd):
     with pytest.raises(SystemExit) as caught:
         launch(end, ("killed",), Processes(2), "cpu", "")
@@ -134,6 +137,7 @@ def test_a_process_that_is_killed(capfd):
     assert "Error: process 1 terminated with signal SIGKILL" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_goes_on_to_the_processes():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:

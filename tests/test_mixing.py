@@ -210,6 +210,7 @@ def test_the_last_iterations_are_not_mixed(plain_images, workers, groups, start)
     assert mixed == [[True] * 2] * (6 - start) + [[False] * 2] * 4
 
 
+@pytest.mark.slow
 def test_a_resumed_training_switches_at_the_same_iteration(plain_images, tmp_path):
     seen = []
 

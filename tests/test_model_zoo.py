@@ -75,6 +75,7 @@ def test_model_with_weights(tmp_path):
         model_zoo.get(DEMO, path, device="cpu")
 
 
+@pytest.mark.slow
 def test_every_model_is_built_from_a_wheel(tmp_path):
     source, site, elsewhere = (tmp_path / name for name in ("source", "site", "elsewhere"))
     # What setuptools leaves beside the sources is left beside a copy, links as links.

@@ -42,6 +42,7 @@ def train(num_boxes, *choices, device="cuda", first_iteration=0):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("choices", [*CHOICES, DISTILLED])
 def test_no_value_is_waited_for(choices, device):

@@ -64,6 +64,7 @@ def features():
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", [*CHOICES, DISTILLED])
 def test_certain_predictions(choices):
     model = gfl_of_choices(features(), *choices)

@@ -54,6 +54,7 @@ def trained(tmp_path_factory, clean_catalogs_of_module):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(trained):
     """With averages of weights and batches in parts; losses of the evaluation too."""
     one, two = (
@@ -97,6 +98,7 @@ def evaluate(folder, how: str) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["torchrun", "machines"])
 def test_two_processes_evaluate_as_one(trained, how):
     """Exactly, and the number of images is odd."""

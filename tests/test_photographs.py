@@ -38,6 +38,7 @@ def load(name, *opts):
     return load_config(str(ROOT / "configs" / f"{name}.yaml"), opts)
 
 
+@pytest.mark.slow
 def test_training_step_at_full_size(coco):
     """One image without any annotation and one with a crowd."""
     crowds = [i for i, r in coco.items() if any(a["iscrowd"] for a in r["annotations"])]
@@ -59,6 +60,7 @@ def test_training_step_at_full_size(coco):
             assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_detection(coco, name):
@@ -74,6 +76,7 @@ def test_detection(coco, name):
     assert detections.pred_boxes.nonempty().all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_imported_detector_detects_as_the_reference(real_data, tmp_path):
     """

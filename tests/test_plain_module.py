@@ -62,6 +62,7 @@ COPIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("choices", COMBINATIONS)
 def test_a_copy_is_equal_and_has_weights_of_its_own(choices, in_bfloat16):
@@ -100,6 +101,7 @@ def test_hooks_of_every_module_are_called(choices):
     assert {name for name, _ in model.named_modules()} - called == containers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", COMBINATIONS)
 def test_torch_compile(choices):
     # Else the exponent of a loss, once another model had a different one, is a symbol, which
@@ -141,6 +143,7 @@ def test_building_on_another_device_leaves_nothing_behind(choices):
     assert_close(losses(build_gfl(*choices)), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("choices", COMBINATIONS)
 def test_tracing(choices):
@@ -176,6 +179,7 @@ class Candidates(nn.Module):
 EXPORTED = [x for x in COMBINATIONS if x[0] in ("joint", "dgqp", "centerness")]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("choices", EXPORTED)
 def test_export(choices):

@@ -103,6 +103,7 @@ def train_second(rank, folder):
     sys.exit(result[1])
 
 
+@pytest.mark.slow
 def test_signal_to_one_of_two_processes(dataset):
     with pytest.raises(mp.ProcessExitedException) as error:
         mp.spawn(train_second, args=(dataset,), nprocs=2)
@@ -111,6 +112,7 @@ def test_signal_to_one_of_two_processes(dataset):
     assert (dataset / "parts" / "last_checkpoint").read_text() == "model_0000004.pth"
 
 
+@pytest.mark.slow
 def test_kills(tmp_path):
     """Three of those of `dev/survive_kills.py`."""
     assert sum(kills.survive(tmp_path, 3, 6).values()) == 3

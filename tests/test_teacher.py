@@ -178,6 +178,7 @@ def test_teacher_and_student_run_in_the_same_autocast(dataset, monkeypatch):
     assert all(p.isfinite().all() for p in made.model.parameters())
 
 
+@pytest.mark.slow
 def test_resumed_training_is_uninterrupted_training(dataset):
     """Weights and momentum, on a single image so that the order is the same."""
     save_teacher(dataset)

@@ -239,6 +239,7 @@ def test_averages_are_evaluated(dataset, train, caplog):
     assert_equal(model.state_dict(), content["model"])
 
 
+@pytest.mark.slow
 def test_resumed_averages_are_uninterrupted_ones(dataset, train, one_image):
     opts = [*EMA, "SOLVER.MAX_ITER", 5, "INPUT.RANDOM_FLIP", "none"]
     train("whole", *opts)

@@ -199,6 +199,7 @@ def of_two_processes(tmp_path_factory):
     return run_processes(train_in_parallel, 2, tmp_path_factory.mktemp("processes"))
 
 
+@pytest.mark.slow
 def test_processes_average_alike(of_two_processes):
     first, second = of_two_processes
     assert not torch.equal(first["own"]["1.running_mean"], second["own"]["1.running_mean"])
