@@ -14,12 +14,13 @@ VENV_PYTHON := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-fast lint format lock demo clean distclean
+.PHONY: help env test test-fast coverage lint format lock demo clean distclean
 
 help:
 	@echo "make env        build the environment: Detectron2 0.6 from PyPI, without its C++ extension"
 	@echo "make test       run the tests, in the environment (built if needed)"
 	@echo "make test-fast  the same without the slow ones"
+	@echo "make coverage   run the tests, and show which lines and branches they do not run"
 	@echo "make lint       check style and imports of the code; needs no environment"
 	@echo "make format     correct the code's style"
 	@echo "make lock       pin the packages of dev/requirements/*.in, with their hashes, in *.txt"
@@ -49,6 +50,14 @@ test: env
 # What a change is tried with again and again: some minutes.
 test-fast: env
 	"$(VENV_PYTHON)" -m pytest -o tmp_path_retention_policy=failed -m "not slow" $(TESTS) $(PYTEST_ARGS)
+
+# Lines and branches of gfl_d2 that the tests run.
+coverage: env
+	rm -rf output/coverage && mkdir -p output/coverage
+	"$(VENV_PYTHON)" -m coverage run --rcfile dev/coverage.ini -m pytest \
+		-o tmp_path_retention_policy=failed $(TESTS) $(PYTEST_ARGS)
+	"$(VENV_PYTHON)" -m coverage combine --rcfile dev/coverage.ini -q
+	"$(VENV_PYTHON)" -m coverage report --rcfile dev/coverage.ini
 
 demo: env
 	"$(VENV_PYTHON)" demo/run_demo.py
