@@ -110,7 +110,8 @@ def _draw_detection(
     above.tick_params(labelbottom=False)
     beside.tick_params(labelleft=False)
     notes.set_axis_off()
-    lines = [f"{title}, {detection.scores[0]:.2f}", "side ± std, entropy, error"]
+    columns = "side ± std, entropy" if target is None else "side ± std, entropy, error"
+    lines = [f"{title}, {detection.scores[0]:.2f}", columns]
     for side, name in enumerate(SIDES):
         error = "" if target is None else f", {box[side] - target[side]:+.1f} px"
         entropy = detection.box_entropy[0, side]
