@@ -327,7 +327,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         torch.save(content, path)
         is_refused(path)
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
-    assert "cannot be read" in is_refused(path)
+    assert "in.pth is a TorchScript program: give the checkpoint" in is_refused(path)
     assert "does not exist" in run_tool(tmp_path / "none.pth", tmp_path / "out.pth")
 
 

@@ -184,13 +184,6 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
         load(tmp_path / "model.pth")
 
 
-def test_a_torchscript_program_is_refused(tmp_path):
-    path = tmp_path / "model.ts"
-    torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)).save(path)
-    with pytest.raises(InputError, match=r"model\.ts is a TorchScript program: give the"):
-        load(path)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
     weights = {"weight": torch.ones(2, 2), "bias": torch.tensor([0, value])}
