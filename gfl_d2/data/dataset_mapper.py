@@ -81,7 +81,8 @@ class GFLDatasetMapper(DatasetMapper):
             transforms = T.TransformList([])
         else:
             image, transforms = self._augment_image(dataset_dict)
-        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        # A copy: arrays of Pillow cannot be written to.
+        dataset_dict["image"] = torch.as_tensor(np.array(image.transpose(2, 0, 1), order="C"))
         if self.is_train and "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image.shape[:2])
         else:

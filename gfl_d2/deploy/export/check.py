@@ -172,7 +172,7 @@ def _detect(model: GFL, pixels: Sequence[np.ndarray], info: dict) -> list[Instan
     """By the model, with images padded as those of the file."""
     images, sizes = make_batch(pixels, info)
     inputs = [
-        {"image": torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))} for x in pixels
+        {"image": torch.from_numpy(np.array(x.transpose(2, 0, 1), order="C"))} for x in pixels
     ]
     if np.any(_round_up(sizes.max(axis=0), info) != images.shape[-2:]):
         # An image of the whole size beside them makes the model pad likewise.
