@@ -37,8 +37,7 @@ print(json.dumps([platform.python_version(), torch.__version__.split("+")[0],
 
 def run(*command: str | Path, log: Path) -> bool:
     """Whether the command succeeds."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("a") as out:
         command = [str(part) for part in command]
         print("$", *command, file=out, flush=True)
