@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 help:
 	@echo "make env        build the environment: Detectron2 0.6 from PyPI, without its C++ extension"
 	@echo "make test       run the tests, in the environment (built if needed)"
-	@echo "make test-fast  the same without the slow ones"
+	@echo "make test-fast  the same without the slow ones, on all cores"
 	@echo "make coverage   run the tests, and show which lines and branches they do not run"
 	@echo "make lint       check style and imports of the code; needs no environment"
 	@echo "make format     correct the code's style"
@@ -47,9 +47,11 @@ env:
 test: env
 	"$(VENV_PYTHON)" -m pytest -o tmp_path_retention_policy=failed $(TESTS) $(PYTEST_ARGS)
 
-# What a change is tried with again and again: some minutes.
+# What a change is tried with again and again: minutes. A process for each core, of one thread each.
+test-fast: export OMP_NUM_THREADS := 1
 test-fast: env
-	"$(VENV_PYTHON)" -m pytest -o tmp_path_retention_policy=failed -m "not slow" $(TESTS) $(PYTEST_ARGS)
+	"$(VENV_PYTHON)" -m pytest -o tmp_path_retention_policy=failed -m "not slow" \
+		-n auto --dist loadfile $(TESTS) $(PYTEST_ARGS)
 
 # Lines and branches of gfl_d2 that the tests run.
 coverage: env

@@ -13,6 +13,7 @@ from scripts import ROOT, load_script
 
 benchmarking = load_script("benchmarks/benchmarking.py")
 benchmark = load_script("benchmarks/benchmark.py")
+benchmark_export = load_script("benchmarks/benchmark_export.py")
 OTHERS = ("retinanet", "fcos")
 SMALL = str(ROOT / "configs" / "gfl_R_18_FPN_demo.yaml")
 
@@ -165,3 +166,29 @@ def test_both_assignments_are_the_same():
     assert (plain >= 0).any()
     counts = (plain == torch.arange(work.boxes)[:, None]).sum(dim=1)
     assert torch.equal(matches.is_positive.sum(dim=(1, 2)), counts)
+
+
+@pytest.mark.slow
+def test_exported_files(monkeypatch, tmp_path, capsys):
+    """Each subject gives the same boxes, and a second run exports nothing anew."""
+    steps = {}
+    monkeypatch.setattr(
+        benchmark_export, "measure", lambda makers, *args: ([steps.update(makers), {}][1], {})
+    )
+    skip = ["model compiled", "model bfloat16", "openvino", "openvino bfloat16", "openvino int8"]
+    arguments = [
+        *(str(tmp_path), "--config-file", SMALL, "--size", "160", "192", "--classes", "3"),
+        *("--candidates", "50", "--skip", *skip, "torch-export"),
+    ]
+    monkeypatch.setattr("sys.argv", ["benchmark_export.py", *arguments])
+    benchmark_export.main()
+    assert list(steps) == ["model", "onnx", "onnx int8", "torchscript"]
+    outputs = {name: make()() for name, make in steps.items()}
+    expected = outputs.pop("model")[0]["instances"]
+    assert len(expected) > 0
+    for name in ("onnx", "torchscript"):
+        boxes = torch.as_tensor(outputs[name][0][0, : len(expected)])
+        torch.testing.assert_close(boxes, expected.pred_boxes.tensor, atol=0.1, rtol=0)
+    assert capsys.readouterr().out.count("Exporting") == 3
+    steps["onnx"]()
+    assert "Exporting" not in capsys.readouterr().out

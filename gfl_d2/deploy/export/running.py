@@ -39,13 +39,16 @@ class ExportedModel:
         return tuple(np.asarray(x) for x in outputs)
 
 
-def load_exported(path: str | os.PathLike, threads: int = 0) -> ExportedModel:
+def load_exported(
+    path: str | os.PathLike, threads: int = 0, precision: str = "f32"
+) -> ExportedModel:
     """
     Load an exported file, whose extension says what it is. It runs on the CPU, in float32 where it
     was exported so.
 
     Args:
         threads: for ONNX Runtime and OpenVINO; 0 for their own choice. PyTorch has its own.
+        precision: of OpenVINO, "f32" or "bf16", which needs a processor that has it.
     """
     path = os.fspath(path)
     return {
@@ -53,10 +56,10 @@ def load_exported(path: str | os.PathLike, threads: int = 0) -> ExportedModel:
         ".xml": _load_openvino,
         ".ts": _load_torchscript,
         ".pt2": _load_torch_export,
-    }[Path(path).suffix](path, threads)
+    }[Path(path).suffix](path, threads, precision)
 
 
-def _load_onnx(path: str, threads: int) -> ExportedModel:
+def _load_onnx(path: str, threads: int, precision: str) -> ExportedModel:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -71,13 +74,13 @@ def _load_onnx(path: str, threads: int) -> ExportedModel:
     return ExportedModel(run, session.get_modelmeta().custom_metadata_map[METADATA_KEY])
 
 
-def _load_openvino(path: str, threads: int) -> ExportedModel:
+def _load_openvino(path: str, threads: int, precision: str) -> ExportedModel:
     import openvino
 
     core = openvino.Core()
     model = core.read_model(path)
-    # Without this the CPU takes bfloat16 where it has it.
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    # Without a hint the CPU takes bfloat16 where it has it.
+    settings = {"INFERENCE_PRECISION_HINT": precision}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(model, "CPU", settings)
@@ -89,14 +92,14 @@ def _load_openvino(path: str, threads: int) -> ExportedModel:
     return ExportedModel(run, model.get_rt_info([METADATA_KEY]).astype(str))
 
 
-def _load_torchscript(path: str, threads: int) -> ExportedModel:
+def _load_torchscript(path: str, threads: int, precision: str) -> ExportedModel:
     files = {f"{METADATA_KEY}.json": ""}
     module = torch.jit.load(path, map_location="cpu", _extra_files=files)
     (metadata,) = files.values()
     return ExportedModel(_run_torch(module), metadata)
 
 
-def _load_torch_export(path: str, threads: int) -> ExportedModel:
+def _load_torch_export(path: str, threads: int, precision: str) -> ExportedModel:
     import torchvision  # noqa: F401  # registers its operators
 
     files = {f"{METADATA_KEY}.json": ""}
