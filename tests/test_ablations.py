@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -76,8 +77,38 @@ def test_quality_of_distributions_needs_distributions(box):
 
 
 def test_quality_of_distributions_needs_enough_bins():
-    with pytest.raises(InputError, match=r"MODEL\.GFL\.DGQP_TOPK.*MODEL\.GFL\.REG_MAX"):
+    """Four of the largest probabilities are those of four bins, which are 0 to 3."""
+    assert build_gfl("dgqp", "general", "atss", "MODEL.GFL.REG_MAX", 3).head.quality.topk == 4
+    message = (
+        r"MODEL\.GFL\.DGQP_TOPK must be at most MODEL\.GFL\.REG_MAX \+ 1 when "
+        r"MODEL\.GFL\.QUALITY is 'dgqp', got 4"
+    )
+    with pytest.raises(InputError, match=message):
         build_gfl("dgqp", "general", "atss", "MODEL.GFL.REG_MAX", 2)
+
+
+@pytest.mark.parametrize(
+    ("quality", "keys"),
+    [
+        ("joint", {"QFL_BETA": "beta", "LOSS_QFL_WEIGHT": "weight"}),
+        ("dgqp", {"QFL_BETA": "beta", "LOSS_QFL_WEIGHT": "weight", "DGQP_TOPK": "topk",
+                  "DGQP_CHANNELS": "channels"}),
+        ("vfl", {"VFL_GAMMA": "beta", "VFL_ALPHA": "alpha", "LOSS_CLS_WEIGHT": "weight"}),
+        ("mal", {"MAL_GAMMA": "beta", "LOSS_CLS_WEIGHT": "weight"}),
+        *((name, {"FOCAL_LOSS_GAMMA": "gamma", "FOCAL_LOSS_ALPHA": "alpha",
+                  "LOSS_CLS_WEIGHT": "weight"})
+          for name in ("none", "centerness", "iou", "centerness_guided", "iou_guided")),
+        *((name, {"LOSS_QUALITY_WEIGHT": "quality_weight"}) for name in ("centerness", "iou")),
+    ],
+)  # fmt: skip
+def test_values_reach_the_quality(quality, keys):
+    """Each its own field, and what a class has by default is the config's default."""
+    default = build_gfl(quality).head.quality
+    assert default == type(default)()
+    for key, name in keys.items():
+        value = getattr(default, name) + 1 if "ALPHA" not in key else 0.5
+        changed = build_gfl(quality, "general", "atss", f"MODEL.GFL.{key}", value).head.quality
+        assert changed == dataclasses.replace(default, **{name: value})
 
 
 def test_values_reach_the_choices():
@@ -89,21 +120,9 @@ def test_values_reach_the_choices():
     assert (model.head.box.bin_width, model.head.box.dfl_weight) == (0.5, 0.5)
     assert type(model.assigner).__name__ == "DynamicATSSAssigner"
     assert model.assigner.topk == 5
-
-    model = build_gfl("iou", "gaussian", "atss", "MODEL.GFL.FOCAL_LOSS_ALPHA", 0.5,
-                  "MODEL.GFL.FOCAL_LOSS_GAMMA", 1.0, "MODEL.GFL.LOSS_CLS_WEIGHT", 3.0,
-                  "MODEL.GFL.LOSS_QUALITY_WEIGHT", 4.0, "MODEL.GFL.LOSS_KL_WEIGHT", 5.0,
-                  "MODEL.GFL.ANCHOR_SCALE", 6.0)  # fmt: skip
-    quality = model.head.quality
-    assert (quality.alpha, quality.gamma, quality.weight) == (0.5, 1.0, 3.0)
-    assert quality.quality_weight == 4.0
-    assert (model.head.box.prior, model.head.box.kl_weight) == (3.0, 5.0)
-
-    model = build_gfl("vfl", "general", "atss", "MODEL.GFL.VFL_ALPHA", 0.5, "MODEL.GFL.VFL_GAMMA",
-                  1.0, "MODEL.GFL.LOSS_CLS_WEIGHT", 3.0)  # fmt: skip
-    quality = model.head.quality
-    assert (quality.alpha, quality.gamma, quality.weight) == (0.5, 1.0, 3.0)
-    assert build_gfl("mal", "general", "atss", "MODEL.GFL.MAL_GAMMA", 2.0).head.quality.gamma == 2.0
+    box = build_gfl("iou", "gaussian", "atss", "MODEL.GFL.LOSS_KL_WEIGHT", 5.0,
+                    "MODEL.GFL.ANCHOR_SCALE", 6.0).head.box  # fmt: skip
+    assert (box.prior, box.kl_weight) == (3.0, 5.0)
 
 
 # Table 1a, ATSS column; table 2a, ATSS column; table 3.

@@ -243,6 +243,23 @@ def test_scores_of_both_are_compared():
         assert_close(losses[name], loss)
 
 
+@pytest.mark.parametrize(
+    "term", [LocalizationDistillation(), ValuableRegionDistillation()], ids=["ld", "ld_vlr"]
+)
+def test_a_batch_twice_as_large_weighs_the_same(term):
+    """The reference implementation's sums are those of its two images, whatever the batch here."""
+    _, student, teacher, gt_instances = reference_inputs("both")
+    once = compare(term, student, teacher, gt_instances)
+    student, teacher = (
+        Predictions(*([torch.cat((x, x)) for x in maps] for maps in predictions[:2]))
+        for predictions in (student, teacher)
+    )
+    twice = compare(term, student, teacher, 2 * gt_instances)
+    for name, loss in once.items():
+        assert loss > 0
+        assert_close(twice[name], loss)
+
+
 def test_values_reach_the_terms():
     keys = {"LD_WEIGHT": 1.5, "VLR_WEIGHT": 2.5, "LD_TEMPERATURE": 3.5, "KD_WEIGHT": 4.5,
             "KD_TEMPERATURE": 5.5, "BCKD_CLS_WEIGHT": 6.5, "BCKD_BOX_WEIGHT": 7.5}  # fmt: skip

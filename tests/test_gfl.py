@@ -143,6 +143,21 @@ def test_positives_are_logged():
     assert logged["gfl/num_pos_per_image"] == 0
 
 
+@pytest.mark.parametrize("boxes", [BOXES, [[63.0, 63.0, 66.0, 65.0]], [[-9e9, -9e9, 9e9, 9e9]]])
+def test_what_is_logged_is_of_the_positives(boxes):
+    """Of many, of one, and of some that are so far away from all sides that none is predicted."""
+    model, caught = make_model(make_features()), []
+    model.criterion.register_forward_hook(lambda _, inputs, losses: caught.append(inputs[2]))
+    _, logged = train_losses(model, make_inputs([boxes, []]))
+    (samples,) = caught
+    is_positive = samples.is_positive
+    assert int(is_positive.sum()) == 1 or len(boxes) > 1 or boxes[0][0] < 0
+    assert logged["gfl/num_pos_per_image"] == int(is_positive.sum()) / 2 > 0
+    assert logged["gfl/pos_quality"] == pytest.approx(float(samples.iou[is_positive].mean()))
+    beyond = (samples.gt_distances[is_positive] > 16).float().mean()
+    assert logged["gfl/frac_sides_beyond_reg_max"] == pytest.approx(float(beyond))
+
+
 def test_values_are_read_in_few_iterations_only():
     """Since a GPU has to be waited for."""
     inputs = make_inputs([BOXES, []])

@@ -28,13 +28,13 @@ SIZES = (96, 160), (64, 128)  # the second image is smaller: there is padding
 CROWD = [[20.0, 12.0, 150.0, 90.0], [60.0, 20.0, 100.0, 80.0], [70.0, 30.0, 96.0, 55.0]]
 
 
-def build(*opts, seed=0):
+def build(*opts, seed=0, class_std=0.1):
     """With predictions and levels that differ from place to place."""
     model = build_gfl(*SAPD, *opts).train()
     torch.manual_seed(seed)
     for conv in model.backbone.convs:
         nn.init.normal_(conv.weight, std=1.5 / math.sqrt(conv.weight[0].numel()))
-    nn.init.normal_(model.head.cls_score.weight, std=0.1)
+    nn.init.normal_(model.head.cls_score.weight, std=class_std)
     nn.init.normal_(model.head.bbox_pred.weight, std=0.05)
     for layer in model.assigner.selector.layers:
         if hasattr(layer, "weight"):
@@ -91,9 +91,12 @@ def map_of(matches, level, shape, values):
 
 
 @pytest.mark.parametrize("iteration", [HARD, SOFT])
-@pytest.mark.parametrize(("seed", "counts"), [(0, (9, 7)), (1, (14, 0)), (2, (3, 12)), (3, (0, 0))])
-def test_equals_the_plain_form(seed, counts, iteration):
-    model = build(seed=seed)
+@pytest.mark.parametrize(
+    ("seed", "counts", "class_std"),
+    [(0, (9, 7), 0.1), (1, (14, 0), 0.1), (2, (3, 12), 0.1), (3, (0, 0), 0.1), (4, (9, 7), 0.3)],
+)
+def test_equals_the_plain_form(seed, counts, class_std, iteration):
+    model = build(seed=seed, class_std=class_std)
     images, instances, plain = make_batch(random_crowd(seed, counts))
     predictions, ((_, gt, outputs), matches), losses = run(model, images, instances, iteration)
     sum(losses.values()).backward()
