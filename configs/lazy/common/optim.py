@@ -9,3 +9,12 @@ optimizer = L(torch.optim.SGD)(
     momentum=0.9,
     weight_decay=1e-4,
 )
+
+# Norms are not decayed.
+adamw = L(torch.optim.AdamW)(
+    params=L(get_default_optimizer_params)(
+        base_lr="${..lr}", weight_decay="${..weight_decay}", weight_decay_norm=0.0
+    ),
+    lr=1e-4,
+    weight_decay=0.05,
+)

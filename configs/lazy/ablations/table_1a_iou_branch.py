@@ -1,0 +1,7 @@
+from detectron2.config import LazyCall as L
+
+from gfl_d2.modeling import IoUBranch
+
+from .table_3_atss import dataloader, datasets, lr_multiplier, model, optimizer, train
+
+model.head.quality = L(IoUBranch)(alpha=0.25, gamma=2.0, weight=1.0, quality_weight=1.0)
