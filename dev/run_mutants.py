@@ -93,12 +93,16 @@ def undecorate(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def without_text(function: ast.FunctionDef) -> str:
-    """The code, but for what stands in its strings."""
+def code_of(function: ast.FunctionDef) -> tuple[list[str], str]:
+    """Its lines without the docstring, and the same without what stands in strings."""
+    function.name = "f"
+    if ast.get_docstring(function):
+        del function.body[0]
+    lines = ast.unparse(function).splitlines()
     for node in ast.walk(function):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node.value = ""
-    return ast.dump(ast.Module(function.body, []))
+    return lines, ast.unparse(function)
 
 
 def read_results(folder: Path, name: str) -> tuple[dict[str, int], list[str]]:
@@ -106,21 +110,21 @@ def read_results(folder: Path, name: str) -> tuple[dict[str, int], list[str]]:
     path = folder / "mutants" / name
     codes = json.loads(path.with_name(f"{path.name}.meta").read_text())["exit_code_by_key"]
     text = path.read_text()
-    functions = {x.name: x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.FunctionDef)}
+    functions = [x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.FunctionDef)]
+    code = {x.name: code_of(x) for x in functions}
     counts = {"mutants": len(codes), "killed": 0, "survived": 0, "of them text": 0, "not tried": 0}
     survived = []
-    for key, code in codes.items():
-        if code is None:
+    for key, status in codes.items():
+        if status is None:
             counts["not tried"] += 1
-        elif code not in (0, 5, 33):  # it passes, or no test runs it
+        elif status not in (0, 5, 33):  # it passes, or no test runs it
             counts["killed"] += 1
         else:
             counts["survived"] += 1
             mutant = key.rpartition(".")[2]
             original = re.sub(r"__mutmut_\d+$", "__mutmut_orig", mutant)
-            sources = [ast.unparse(functions[x]).splitlines()[1:] for x in (original, mutant)]
-            changed = [line for line in sources[1] if line not in sources[0]]
-            is_text = len({without_text(functions[x]) for x in (original, mutant)}) == 1
+            changed = [line for line in code[mutant][0] if line not in code[original][0]]
+            is_text = code[mutant][1] == code[original][1]
             counts["of them text"] += is_text
             survived.append(f"{key}{' (text)' * is_text}\n    " + "\n    ".join(changed))
     return counts, survived
