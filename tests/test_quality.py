@@ -252,7 +252,7 @@ class TestDistributionGuidedQuality:
 
     def test_statistics(self):
         distributions = torch.randn(2, 4 * 6, 3, 5, dtype=torch.float64)
-        predictor = DistributionGuidedQualityPredictor(num_bins=6, topk=3)
+        predictor = DistributionGuidedQualityPredictor(num_bins=6, topk=3, channels=64)
         statistics = predictor.statistics(distributions).numpy()
         assert statistics.shape == (2, 4 * 4, 3, 5)
         for n, y, x in np.ndindex(2, 3, 5):

@@ -248,7 +248,7 @@ class DistributionGuidedQualityPredictor(nn.Sequential):
     their mean, by two 1x1 convolutions, to a logit.
     """
 
-    def __init__(self, num_bins: int, topk: int = 4, channels: int = 64):
+    def __init__(self, num_bins: int, topk: int, channels: int):
         """
         Args:
             num_bins: n + 1, of each distribution.
