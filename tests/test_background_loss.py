@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from unittest import mock
 
 import pytest
@@ -49,7 +50,9 @@ def test_equals_the_plain_form(seed, shape, num_picked, gamma, padding, part, is
         lambda x: (plain(x.double(), valid, gamma, weights), x.double()[index]),
     ):
         x = logits.clone().requires_grad_()
-        with mock.patch("gfl_d2.modeling.background_loss._PART", part):
+        # The package has a function of this name, too, which Python before 3.11 finds first.
+        module = importlib.import_module("gfl_d2.modeling.background_loss")
+        with mock.patch.object(module, "_PART", part):
             loss, picked = compute(x)
         (0.3 * loss + (picked**2).sum()).backward()
         results.append((loss.detach().float(), picked.detach().float(), x.grad))
