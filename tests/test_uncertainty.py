@@ -192,7 +192,7 @@ def test_export(choices):
     """What box_std is computed from, by torch.export."""
     model = WithSides(build(*choices, *KEY))
     arguments = torch.rand(1, 3, 192, 224), torch.tensor([(187, 215)])
-    exported = torch.export.export(model, arguments).module()
+    exported = torch.export.export(model, arguments, strict=False).module()
     assert_close(exported(*arguments), model(*arguments), rtol=1e-4, atol=1e-3)
 
 

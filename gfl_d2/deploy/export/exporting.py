@@ -132,7 +132,10 @@ def _write(
             traced = torch.jit.trace(graph, _example(info), check_trace=False)
             torch.jit.save(traced, str(path), _extra_files=files)
             return
-        program = torch.export.export(graph, _example(info), dynamic_shapes=_free_sides(info))
+        # Not strict, which later versions are by default: PyTorch 2.6 has to be told.
+        program = torch.export.export(
+            graph, _example(info), dynamic_shapes=_free_sides(info), strict=False
+        )
         if options.format == "torch-export":
             torch.export.save(program, str(path), extra_files=files)
             return
