@@ -1,4 +1,5 @@
 import contextlib
+import logging
 import os
 import socket
 from pathlib import Path
@@ -29,6 +30,19 @@ def cache_of_the_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """
+    What a program sets up for its log ends with the test that ran it. Pytest before 9 sees nothing
+    of a logger that does not hand on what it gets.
+    """
+    loggers = [logging.getLogger(name) for name in ("gfl_d2", "detectron2", "fvcore")]
+    before = [(logger, logger.propagate, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, propagate, level, handlers in before:
+        logger.propagate, logger.level, logger.handlers = propagate, level, handlers
 
 
 @pytest.fixture(autouse=True, scope="session")

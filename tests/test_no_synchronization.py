@@ -18,9 +18,9 @@ from models import CHOICES, DISTILLED, STRIDES, build_gfl, gfl_of_choices, make_
 SIZE = (128, 192)
 
 # Where there is no GPU, tensors without values on one need it.
-IS_NEW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+IS_NEW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 needs_gpu = pytest.mark.skipif(
-    not (IS_NEW or torch.cuda.is_available()), reason="PyTorch before 2.8, and no GPU"
+    not (IS_NEW or torch.cuda.is_available()), reason="PyTorch before 2.9, and no GPU"
 )
 on_gpu = pytest.param("cuda", marks=needs_gpu)
 
