@@ -42,7 +42,8 @@ def loggers_as_they_were():
     before = [(logger, logger.propagate, logger.level, logger.handlers[:]) for logger in loggers]
     yield
     for logger, propagate, level, handlers in before:
-        logger.propagate, logger.level, logger.handlers = propagate, level, handlers
+        logger.propagate, logger.handlers = propagate, handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")
