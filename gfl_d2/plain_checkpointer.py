@@ -27,7 +27,7 @@ class PlainCheckpointer(DetectionCheckpointer, _PlainReader):
     """
     :class:`DetectionCheckpointer` that reads tensors, arrays and plain data alone: a file that
     holds more, or no weights, is an :class:`InputError`, and nothing in it is executed. Detectron2
-    executes what a .pkl names, and with PyTorch before 2.6 any file.
+    executes what a .pkl names.
     """
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,17 +49,15 @@ def load_torch(
         file: where it is.
         path: its name in messages.
         nothing: pairs of a class and a name in the file. Objects of that name are read as that
-            class; PyTorch before 2.6 refuses them.
+            class.
 
     Raises:
         InputError: it is something else, is damaged, or holds more than tensors and plain data.
             The message says what.
     """
     _refuse_archives(file, path)
-    is_new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
-    names = torch.serialization.safe_globals(nothing) if nothing and is_new else nullcontext()
     try:
-        with names:
+        with torch.serialization.safe_globals(nothing or []):
             return torch.load(file, map_location="cpu", weights_only=True)
     # Bytes that are no checkpoint can make unpickling raise anything.
     except Exception as error:

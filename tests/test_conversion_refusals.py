@@ -357,10 +357,3 @@ def test_failure_to_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert "No space left" in refusal(write_checkpoint, {}, path)
     assert path.read_bytes() == b"before"
     assert [file.name for file in tmp_path.iterdir()] == ["out.pth"]
-
-
-def test_old_versions_of_pytorch_read_plain_files(tmp_path, monkeypatch):
-    torch.save({"state_dict": detector(), "meta": {"epoch": 1}}, tmp_path / "there.pth")
-    monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
-    monkeypatch.delattr(torch.serialization, "safe_globals")
-    assert read_checkpoint(tmp_path / "there.pth").meta == {"epoch": 1}

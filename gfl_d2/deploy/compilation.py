@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from ..errors import InputError
-
 __all__ = ["begin_step", "compile_parts"]
 
 
@@ -16,17 +14,9 @@ def compile_parts(model: nn.Module, mode: str) -> None:
     Args:
         model: a :class:`detectron2.modeling.meta_arch.dense_detector.DenseDetector`.
         mode: of :func:`torch.compile`; "" for not at all.
-
-    Raises:
-        InputError: this version of PyTorch cannot compile modules in place.
     """
     if not mode:
         return
-    if not hasattr(model, "compile"):
-        raise InputError(
-            "TEST.COMPILE and SOLVER.COMPILE need a PyTorch that has torch.nn.Module.compile, "
-            f"this is {torch.__version__}"
-        )
     for part in (model.backbone, model.head):
         part.compile(mode=mode)
     model.register_forward_pre_hook(begin_step)
@@ -37,5 +27,4 @@ def begin_step(*_: object) -> None:
     Tell what runs as CUDA graphs that outputs of before are done with: those of the backbone, which
     are the head's input, are not, until the model is called again.
     """
-    if hasattr(torch, "compiler") and hasattr(torch.compiler, "cudagraph_mark_step_begin"):
-        torch.compiler.cudagraph_mark_step_begin()
+    torch.compiler.cudagraph_mark_step_begin()
