@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from benchmarking import (
     ROOT,
+    Step,
     Workload,
     build_gfl,
     infer_step,
@@ -27,6 +28,7 @@ from benchmarking import (
     measure_memory,
     read_status,
     train_step,
+    trim_memory,
 )
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
@@ -98,10 +100,9 @@ def show_growth(number_of_images: int, number_of_iterations: int) -> None:
         size = random.randrange(96, 257), random.randrange(96, 257)
         return make_inputs(replace(work, size=size))
 
-    rows = []
     model = build_gfl(work, CONFIG, is_training=False).eval()
     detect = torch.no_grad()(lambda: model(random_inputs()))
-    rows += run("inference", detect, number_of_images)
+    inference = run("inference", detect, number_of_images)
 
     model = build_gfl(work, CONFIG).train()
     optimizer = torch.optim.SGD(
@@ -119,16 +120,20 @@ def show_growth(number_of_images: int, number_of_iterations: int) -> None:
             train()
             storage.step()
 
-        rows += run("training", step, number_of_iterations)
+        training = run("training", step, number_of_iterations)
+    names = ("images", "inference, MiB", "iterations", "training, MiB")
+    rows = [dict(zip(names, (*a, *b))) for a, b in zip(inference, training)]
     print(format_table(rows, floatfmt=",.0f"))
 
 
-def run(name: str, step, number: int) -> list[dict]:
+def run(name: str, step: Step, number: int) -> list[tuple[int, float]]:
+    """At every tenth of the way, how many steps there were and the memory of the process in MiB."""
     rows = []
     for i in tqdm(range(number), desc=name):
         step()
         if (i + 1) % (number // PARTS) == 0:
-            rows.append({"": name, "steps": i + 1, "MiB": read_status("VmRSS") / 2**10})
+            trim_memory()  # sizes differ, and leave gaps of which this is no measure
+            rows.append((i + 1, read_status("VmRSS") / 2**10))
     return rows
 
 

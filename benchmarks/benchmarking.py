@@ -402,14 +402,19 @@ def measure_memory(step: Step, device: str) -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        # Give back what the allocator keeps at hand: it would not show. Then reset the peak.
-        ctypes.CDLL(None).malloc_trim(0)
+        trim_memory()  # what is at hand already would not show
+        # Reset the peak.
         Path("/proc/self/clear_refs").write_text("5")
         before = read_status("VmRSS")
         step()
         return (read_status("VmHWM") - before) / 2**10
     except (AttributeError, OSError):
         return None
+
+
+def trim_memory() -> None:
+    """Have the allocator give back what it keeps at hand. AttributeError where it cannot."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_status(key: str) -> int:

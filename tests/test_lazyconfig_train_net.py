@@ -138,6 +138,9 @@ def test_mistakes_are_one_line(dataset):
     assert "train.max_itr=3" in error_of(dataset, opts=["train.max_itr=3"])
     assert "SOLVER.MAX_ITER" in error_of(dataset, opts=["SOLVER.MAX_ITER", "3"])
     assert "Python config" in error_of(dataset, config=CONFIG)
+    config = dataset / "of_another_version.py"
+    config.write_text("from detectron2.modeling import Absent\n")
+    assert f"{config} needs another version" in error_of(dataset, config=str(config))
     message = error_of(dataset, opts=["model.head.num_classes=5"])
     assert "model.head.num_classes is 5" in message
     assert "2 classes" in message

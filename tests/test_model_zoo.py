@@ -42,8 +42,13 @@ for file in sorted((folder / "configs").glob("**/*.yaml")):
         print(name, type(model).__name__)
 for file in sorted((folder / "configs" / "lazy").glob("**/*.py")):
     name = file.relative_to(folder / "configs").as_posix()
-    if "common" not in name:
+    if "common" in name:
+        continue
+    try:
         print(name, model_zoo.get_config(name).model._target_.__name__)
+    except ImportError as error:  # of Detectron2's main branch
+        assert "vit" in name and "'ViT'" in str(error)
+        print(name, error)
 """
 
 

@@ -58,7 +58,12 @@ def read_config(args) -> DictConfig:
     """The config of --config-file with the ``key=value`` pairs. Raises InputError."""
     if not os.path.isfile(args.config_file) or not args.config_file.endswith(".py"):
         raise InputError(f"--config-file must be a Python config, got '{args.config_file}'")
-    cfg = LazyConfig.load(args.config_file)
+    try:
+        cfg = LazyConfig.load(args.config_file)
+    except ImportError as error:
+        raise InputError(
+            f"{args.config_file} needs another version of a package, or one more: {error}"
+        ) from None
     for option in args.opts:
         key, found, _ = option.partition("=")
         section = key.partition(".")[0]
