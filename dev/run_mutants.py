@@ -57,7 +57,7 @@ def copy_checkout(folder: Path, files: list[str], tests: list[str]) -> None:
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     for name in tracked:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, folder / name)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     for name in files:
         path = folder / name
         path.write_text(undecorate(path.read_text()))
