@@ -57,6 +57,8 @@ def copy_checkout(folder: Path, files: list[str], tests: list[str]) -> None:
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     for name in tracked:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_symlink():
+            (folder / name).unlink()  # a link is not written over
         shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     for name in files:
         path = folder / name
