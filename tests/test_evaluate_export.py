@@ -63,6 +63,25 @@ def test_same_ap(cfg, options, tmp_path, capsys):
     assert len(one) == len(other) > 0
 
 
+@pytest.mark.slow
+def test_bfloat16(cfg, tmp_path):
+    """OpenVINO has it on every processor with AVX512, in software if need be."""
+    pytest.importorskip("openvino")
+    path, _ = export(cfg, tmp_path, str(tmp_path / "images" / "1.png"), format="openvino")
+    opts = ["OUTPUT_DIR", str(tmp_path / "file")]
+    expected = evaluate_export.evaluate(str(path), None, opts)["bbox"]
+    results = evaluate_export.evaluate(str(path), None, opts, bf16=True)["bbox"]
+    assert results["AP"] == pytest.approx(expected["AP"], abs=5)
+
+
+def test_bfloat16_of_another_format_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "model.ts"
+    path.write_text("text")
+    monkeypatch.setattr("sys.argv", ["evaluate_export.py", str(path), "--bf16"])
+    with pytest.raises(SystemExit, match=r"--bf16 is for OpenVINO's files, not for .*model\.ts"):
+        evaluate_export.main()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -198,6 +198,19 @@ def test_int8(file_format, tmp_path, picture):
     assert check.score_difference > 1e-4  # it is quantized
     assert check.unmatched <= 0.1 * check.detections
     assert load_exported(path).metadata["precision"] == "int8"
+    if file_format == "onnx":
+        assert_predictors_are_float(path)
+
+
+def assert_predictors_are_float(path):
+    """Those of two levels, and they alone, have their own weights instead of dequantized ones."""
+    graph = pytest.importorskip("onnx").load(path).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    convolutions = [node.input[1] for node in graph.node if node.op_type == "Conv"]
+    in_float = sorted(name for name in convolutions if name in stored)
+    predictors = ["model.head.bbox_pred.weight", "model.head.cls_score.weight"]
+    assert in_float == sorted(2 * predictors)
+    assert len(convolutions) > len(in_float)
 
 
 REFUSED = {

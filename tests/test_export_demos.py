@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from gfl_d2.deploy import Predictor
+from gfl_d2.deploy.export import load_exported
 from scripts import ROOT, load_script
 from test_export import export, make_config
 
@@ -146,3 +147,33 @@ def test_the_filter_that_the_file_names(file_format, name):
     detector(image)
     new = cv2.resize(image, (80, 60)) if name == "opencv" else demo.resize(image, 60, 80)
     np.testing.assert_array_equal(seen[0][0, :, :60, :80], new.transpose(2, 0, 1))
+
+
+# What a user of PyTorch alone writes.
+PYTORCH = """
+import sys
+sys.modules.update(dict.fromkeys(("detectron2", "fvcore", "gfl_d2", "pycocotools")))
+import numpy, torch, torchvision
+path, inputs, outputs = sys.argv[1:]
+module = torch.jit.load(path) if path.endswith(".ts") else torch.export.load(path).module()
+with torch.inference_mode():
+    found = module(*(torch.from_numpy(x) for x in numpy.load(inputs).values()))
+numpy.savez(outputs, *found)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch_format", ["torchscript", "torch-export"])
+def test_pytorch_alone(torch_format, tmp_path, pictures):
+    """The export compares the detections with those of the model, by this function."""
+    path, check = export(make_config(tmp_path), tmp_path, pictures[0], format=torch_format)
+    assert check.detections > 10 and check.unmatched == 0
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 3, 160, 192)).astype(np.float32)
+    sizes = np.array([[150, 170], [160, 192]])
+    np.savez(tmp_path / "inputs.npz", pixels, sizes)
+    files = map(str, (path, tmp_path / "inputs.npz", tmp_path / "outputs.npz"))
+    subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", PYTORCH, *files], check=True)
+    found = list(np.load(tmp_path / "outputs.npz").values())
+    assert len(found) == 3
+    for expected, actual in zip(load_exported(path)(pixels, sizes), found):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)

@@ -69,12 +69,14 @@ class Detector:
         return detector_postprocess(detections, item["height"], item["width"])
 
 
-def load(path: str) -> ExportedModel:
+def load(path: str, bf16: bool = False) -> ExportedModel:
     """Raises InputError if it is no exported file, or what runs it is not installed."""
     if Path(path).suffix not in EXTENSIONS.values() or not Path(path).is_file():
         raise InputError(f"{path} is no file that ends with {', '.join(EXTENSIONS.values())}")
+    if bf16 and Path(path).suffix != EXTENSIONS["openvino"]:
+        raise InputError(f"--bf16 is for OpenVINO's files, not for {path}")
     try:
-        return load_exported(path)
+        return load_exported(path, precision="bf16" if bf16 else "f32")
     # Each format's package raises errors of its own.
     except Exception as error:
         raise InputError(
@@ -98,10 +100,10 @@ def make_config(path: str, info: dict, config_file: str | None, opts: list[str])
     return cfg
 
 
-def evaluate(path: str, config_file: str | None, opts: list[str]) -> dict:
+def evaluate(path: str, config_file: str | None, opts: list[str], bf16: bool = False) -> dict:
     """The results of Detectron2's evaluators, by task; by dataset if there are several."""
     setup_logger(name="gfl_d2")
-    exported = load(path)
+    exported = load(path, bf16)
     info = exported.metadata
     cfg = make_config(path, info, config_file, opts)
     register_datasets(cfg, cfg.DATASETS.TEST)
@@ -121,9 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("file", help=f"exported detector: {', '.join(EXTENSIONS.values())}")
     parser.add_argument("--config-file", help="instead of the config that the file carries")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (OpenVINO)")
     args = parse_arguments(parser)
     try:
-        evaluate(args.file, args.config_file, args.opts)
+        evaluate(args.file, args.config_file, args.opts, args.bf16)
     except InputError as error:
         sys.exit(f"Error: {error}")
 

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from detectron2.data.transforms import ResizeTransform
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
 from ...data import OpenCVResizeTransform
 from ...modeling import GFL
 from ...modeling.post_processing import Candidates
+from .graph import DetectorGraph
 from .running import ExportedModel
 
 __all__ = ["Check", "check_export", "make_batch", "resize_pictures"]
 
 # Sides of the pictures in a check with free sizes, relative to those of evaluation.
 _SCALES = (1.0, 0.75, 0.5)
+# Of two boxes' IoU, by which the same NMS in other rounding may decide otherwise.
+_IOU_TOLERANCE = 0.02
 
 
 @dataclass
@@ -28,35 +31,82 @@ class Check:
 
     box_tolerance: float  # in pixels
     score_tolerance: float
+    nms_thresh: float
+    class_agnostic: bool
     detections: int = 0  # that were compared
     box_difference: float = 0.0  # the largest, in pixels, of those that agree
     score_difference: float = 0.0
-    unmatched: int = 0  # detections of one that the other does not have, within the tolerances
+    unmatched: int = 0  # detections of one that the other should have, within the tolerances
+    ties: int = 0  # of which NMS keeps one or another, as rounding decides
     lines: list[str] = field(default_factory=list)  # the same, batch by batch
 
     def __str__(self) -> str:
         return (
             f"{self.detections} detections compared, {self.unmatched} without a counterpart within "
-            f"{self.box_tolerance:g} px and a score of {self.score_tolerance:g}; of the others the "
-            f"largest difference is {self.box_difference:.2g} px, of scores "
-            f"{self.score_difference:.2g}"
+            f"{self.box_tolerance:g} px and a score of {self.score_tolerance:g}, {self.ties} where "
+            "NMS kept another of almost the same score; of the others the largest difference is "
+            f"{self.box_difference:.2g} px, of scores {self.score_difference:.2g}"
         )
 
-    def compare(self, expected: Instances, actual: Instances, least: float) -> None:
-        """Detections that score less than ``least`` need no counterpart: rounding decides them."""
+    def compare(
+        self,
+        expected: Instances,
+        actual: Instances,
+        least: float,
+        candidates: Instances,
+    ) -> None:
+        """
+        Args:
+            expected: detections of the model.
+            actual: those of the file.
+            least: a detection that scores less needs no counterpart: rounding decides it.
+            candidates: of the model, before NMS.
+        """
         for one, other in ((expected, actual), (actual, expected)):
             compared = one[one.scores >= least]
             self.detections += len(compared) if one is expected else 0
             differences = _differences(compared, other)
-            agrees = differences <= torch.tensor([self.box_tolerance, self.score_tolerance])
-            agrees = agrees.all(dim=-1)  # (one, other)
-            self.unmatched += int((~agrees.any(dim=1)).sum())
+            agrees = self._agrees(differences)
+            missing = compared[~agrees.any(dim=1)]
+            if len(missing):
+                num_ties = int(self._are_ties(missing, one, other, candidates).sum())
+                self.ties += num_ties
+                self.unmatched += len(missing) - num_ties
             if agrees.any():
                 nearest = differences[..., 0].masked_fill(~agrees, np.inf).min(dim=1)
                 found = nearest.values.isfinite()
                 scores = differences[..., 1].gather(1, nearest.indices[:, None])[:, 0]
                 self.box_difference = max(self.box_difference, float(nearest.values[found].max()))
                 self.score_difference = max(self.score_difference, float(scores[found].max()))
+
+    def _agrees(self, differences: Tensor) -> Tensor:
+        tolerances = differences.new_tensor([self.box_tolerance, self.score_tolerance])
+        return (differences <= tolerances).all(dim=-1)
+
+    def _are_ties(
+        self, missing: Instances, one: Instances, other: Instances, candidates: Instances
+    ) -> Tensor:
+        """
+        Shape (D,): which of ``missing``, detections of one, the other had too, but its NMS kept
+        another box instead. Where two scores are almost equal, rounding decides which.
+        """
+
+        def is_candidate(detections: Instances) -> Tensor:
+            return self._agrees(_differences(detections, candidates)).any(dim=1)
+
+        kept = other[is_candidate(other)]
+        is_dropped = self._ious(missing, kept) > self.nms_thresh - _IOU_TOLERANCE
+        is_dropped &= kept.scores >= missing.scores[:, None] - self.score_tolerance
+        should_be = self._ious(missing, one) > self.nms_thresh + _IOU_TOLERANCE
+        should_be &= one.scores > missing.scores[:, None]
+        return is_candidate(missing) & is_dropped.any(dim=1) & ~should_be.any(dim=1)
+
+    def _ious(self, one: Instances, other: Instances) -> Tensor:
+        """Shape (D, E); 0 of boxes that NMS does not compare."""
+        ious = pairwise_iou(one.pred_boxes, other.pred_boxes)
+        if self.class_agnostic:
+            return ious
+        return ious * (one.pred_classes[:, None] == other.pred_classes[None])
 
 
 def _differences(one: Instances, other: Instances) -> Tensor:
@@ -85,19 +135,23 @@ def check_export(
         model: in eval mode, in float32, on the CPU.
         pictures: arrays (H, W, 3), uint8, with channels as the model takes them.
     """
-    check = Check(box_tolerance, score_tolerance)
+    nms = model.test_nms_thresh, model.test_nms_class_agnostic
+    check = Check(box_tolerance, score_tolerance, *nms)
+    graph = DetectorGraph(model, with_nms=False)
     info = exported.metadata
     for pixels in _batches(pictures, info):
         images, sizes = make_batch(pixels, info)
         found = exported(images, sizes)
         expected = _detect(model, pixels, info)
         before = check.detections, check.unmatched
+        before_nms = graph(torch.from_numpy(images), torch.from_numpy(sizes))
         for i, one in enumerate(expected):
+            candidates = _instances(model, [x[i].numpy() for x in before_nms], one.image_size, True)
             actual = _instances(model, [x[i] for x in found], one.image_size, info["nms"])
             least = model.test_score_thresh + score_tolerance
             if len(one) == model.max_detections_per_image:
                 least = max(least, float(one.scores.min()) + score_tolerance)
-            check.compare(one, actual, least)
+            check.compare(one, actual, least, candidates)
         height, width = images.shape[-2:]
         check.lines.append(
             f"batch {len(pixels)}, {height} x {width}: {check.detections - before[0]} detections, "
