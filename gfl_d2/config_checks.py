@@ -64,7 +64,7 @@ _RANGES = (
     ),
     (["FOCAL_LOSS_ALPHA"], "in [0, 1], or negative", lambda x: x <= 1),
     (["SCORE_THRESH_TEST"], "in [0, 1)", lambda x: 0 <= x < 1),
-    (["NMS_THRESH_TEST"], "in [0, 1]", lambda x: 0 <= x <= 1),
+    (["BOX_WEIGHT_MIN", "NMS_THRESH_TEST"], "in [0, 1]", lambda x: 0 <= x <= 1),
 )
 
 

@@ -195,6 +195,7 @@ def test_schedules_of_the_published_models():
         ("LOSS_BBOX_WEIGHT", -1.0),
         ("LOSS_DFL_WEIGHT", -1.0),
         ("BOX_NORMALIZER_MIN", 0.0),
+        ("BOX_WEIGHT_MIN", 1.5),
         ("SCORE_THRESH_TEST", 1.0),
         ("TOPK_CANDIDATES_TEST", 0),
         ("NMS_THRESH_TEST", 1.5),

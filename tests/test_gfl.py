@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -9,6 +11,8 @@ from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from gfl_d2.modeling import GeneralDistribution, GroundTruth, JointQuality, Predictions
+from gfl_d2.modeling.criterion import GFLCriterion
+from gfl_d2.modeling.focal_quality import NoQuality
 from models import STRIDES, gfl_on_features
 
 SIZE = (128, 192)
@@ -178,6 +182,33 @@ def test_box_normalizer_min():
         assert_close(losses[1e3][name], 2 * losses[2e3][name])
         assert losses[1e-6][name] > losses[1e3][name]
     assert torch.equal(losses[1e-6]["loss_qfl"], losses[1e3]["loss_qfl"])
+
+
+def test_box_weight_min():
+    """It changes the losses of the boxes alone; 1 weighs all positives the same."""
+    inputs = make_inputs([BOXES, BOXES[:1]])
+    plain, even, raised = (
+        train_losses(make_model(make_features(), **choices), inputs)[0]
+        for choices in (
+            {},
+            {"quality": NoQuality()},
+            {"criterion": {"box_weight_min": 1.0}},
+        )
+    )
+    assert torch.equal(raised["loss_qfl"], plain["loss_qfl"])
+    for name in ("loss_bbox", "loss_dfl"):
+        assert_close(raised[name], even[name])
+        assert not torch.isclose(raised[name], plain[name])
+
+
+def test_box_weight_min_is_a_floor():
+    """Weights below it are raised to it, others stay, and it makes no positives."""
+    criterion = GFLCriterion(box_weight_min=0.3)
+    weights = torch.tensor([0.1, 0.3, 0.8, 0.2])
+    is_positive = torch.tensor([True, True, True, False])
+    criterion.quality = SimpleNamespace(box_weights=lambda predictions, samples: weights)
+    samples = SimpleNamespace(weigh=lambda x: torch.where(is_positive, x, 0))
+    assert_close(criterion.box_weights(None, samples), torch.tensor([0.3, 0.3, 0.8, 0]))
 
 
 def test_loss_weights():

@@ -106,6 +106,7 @@ class GFLCriterion(nn.Module):
         bbox_loss: str = "giou",
         bbox_weight: float = 2.0,
         box_normalizer_min: float = 1.0,
+        box_weight_min: float = 0.0,
         distillation: Sequence[DistillationTerm] = (),
     ):
         """
@@ -114,6 +115,7 @@ class GFLCriterion(nn.Module):
             bbox_loss: of decoded boxes, "giou" or "iou".
             bbox_weight: weight of that loss.
             box_normalizer_min: lower bound of the sum of the weights.
+            box_weight_min: lower bound of each weight.
             distillation: terms that need a teacher.
         """
         super().__init__()
@@ -122,6 +124,7 @@ class GFLCriterion(nn.Module):
         self.bbox_loss = _BBOX_LOSSES[bbox_loss]
         self.bbox_weight = bbox_weight
         self.box_normalizer_min = box_normalizer_min
+        self.box_weight_min = box_weight_min
         self.distillation = list(distillation)
 
     def forward(
@@ -162,7 +165,7 @@ class GFLCriterion(nn.Module):
         if self.distillation:
             scores = self.quality.score_maps(predictions, levels)
             student = Predictions(scores, predictions.box_values)
-            weights = samples.weigh(self.quality.box_weights(predictions, samples))
+            weights = self.box_weights(predictions, samples)
             comparison = Comparison(
                 student, teacher, levels, samples, weights, normalizers[0], self.box
             )
@@ -177,13 +180,21 @@ class GFLCriterion(nn.Module):
             "loss_bbox": self.bbox_weight * self.bbox_loss(samples.boxes, samples.gt_boxes),
             **self.box.losses(samples.box_values, samples.gt_distances),
         }
-        weights = samples.weigh(self.quality.box_weights(predictions, samples))
+        weights = self.box_weights(predictions, samples)
         num_pos = count_positives(samples, len(predictions.class_logits[0])).to(weights)
         return LossSums(
             scores=score_terms,
             boxes={name: (weights * samples.mask(loss)).sum() for name, loss in box_terms.items()},
             divisors=torch.stack((num_pos, weights.sum())),
         )
+
+    def box_weights(self, predictions: Predictions, samples: Samples) -> Tensor:
+        """
+        Shape (P,): weights of the samples in the losses of the boxes, 0 of those that are not
+        positive. Arguments as in :meth:`forward`.
+        """
+        weights = self.quality.box_weights(predictions, samples)
+        return samples.weigh(weights.clamp(min=self.box_weight_min))
 
     def normalizers(self, divisors: Tensor) -> Tensor:
         """

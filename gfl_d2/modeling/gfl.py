@@ -131,6 +131,7 @@ class GFL(DenseDetector):
                 bbox_loss=cfg.MODEL.GFL.BBOX_REG_LOSS_TYPE,
                 bbox_weight=cfg.MODEL.GFL.LOSS_BBOX_WEIGHT,
                 box_normalizer_min=cfg.MODEL.GFL.BOX_NORMALIZER_MIN,
+                box_weight_min=cfg.MODEL.GFL.BOX_WEIGHT_MIN,
                 distillation=build_distillation(cfg),
             ),
             "test_score_thresh": cfg.MODEL.GFL.SCORE_THRESH_TEST,

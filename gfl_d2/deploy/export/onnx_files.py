@@ -143,8 +143,8 @@ def append_nms(model: onnx.ModelProto, detector: GFL) -> onnx.ModelProto:
 
 def quantize_onnx(path: str, output: str, inputs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """
-    Write a copy with convolutions in int8, but for those that predict classes and box sides: little
-    work, and the values whose rounding costs most AP.
+    Write a copy with convolutions in int8, but for those that predict classes and box sides: they
+    are little work, and no layer behind them evens out what rounding does.
 
     Args:
         inputs: of the detector, to calibrate with.

@@ -51,6 +51,7 @@ model = L(GFL)(
         bbox_loss="giou",
         bbox_weight=2.0,
         box_normalizer_min=1.0,
+        box_weight_min=0.0,
     ),
     test_score_thresh=0.05,
     test_topk_candidates=1000,
