@@ -167,8 +167,8 @@ def add_gfl_config(cfg: CN) -> None:
     cfg.MODEL.GFL.BOX_NORMALIZER_MIN = 1.0
     # A positive weighs at least this in the box losses, in [0, 1]. Where the weights are scores, a
     # class that is rare or hard has hardly any at first, so its boxes stay bad, and so do its
-    # scores, which are to be their IoUs. 1.0 (all weigh the same) helps short trainings, see
-    # docs/ablations.md. 0.0 is GFL.
+    # scores, which are to be their IoUs. 1.0 (all weigh the same) prevents that in short trainings,
+    # see docs/ablations.md. 0.0 is GFL.
     cfg.MODEL.GFL.BOX_WEIGHT_MIN = 0.0
 
     # Distillation, in training only: what is learned from a teacher, a trained GFL of the same
