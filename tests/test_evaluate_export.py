@@ -74,6 +74,14 @@ def test_bfloat16(cfg, tmp_path):
     assert results["AP"] == pytest.approx(expected["AP"], abs=5)
 
 
+def test_bfloat16_is_asked_for(tmp_path, monkeypatch):
+    path = tmp_path / "model.xml"
+    path.write_text("text")
+    monkeypatch.setattr(evaluate_export, "load_exported", lambda path, precision: precision)
+    assert evaluate_export.load(str(path), bf16=True) == "bf16"
+    assert evaluate_export.load(str(path)) == "f32"
+
+
 def test_bfloat16_of_another_format_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.ts"
     path.write_text("text")

@@ -37,7 +37,7 @@ class Check:
     box_difference: float = 0.0  # the largest, in pixels, of those that agree
     score_difference: float = 0.0
     unmatched: int = 0  # detections of one that the other should have, within the tolerances
-    ties: int = 0  # of which NMS keeps one or another, as rounding decides
+    ties: int = 0  # detections without one, where NMS kept another box as rounding decides
     lines: list[str] = field(default_factory=list)  # the same, batch by batch
 
     def __str__(self) -> str:
@@ -97,9 +97,9 @@ class Check:
         kept = other[is_candidate(other)]
         is_dropped = self._ious(missing, kept) > self.nms_thresh - _IOU_TOLERANCE
         is_dropped &= kept.scores >= missing.scores[:, None] - self.score_tolerance
-        should_be = self._ious(missing, one) > self.nms_thresh + _IOU_TOLERANCE
-        should_be &= one.scores > missing.scores[:, None]
-        return is_candidate(missing) & is_dropped.any(dim=1) & ~should_be.any(dim=1)
+        should_drop = self._ious(missing, one) > self.nms_thresh + _IOU_TOLERANCE
+        should_drop &= one.scores > missing.scores[:, None]
+        return is_candidate(missing) & is_dropped.any(dim=1) & ~should_drop.any(dim=1)
 
     def _ious(self, one: Instances, other: Instances) -> Tensor:
         """Shape (D, E); 0 of boxes that NMS does not compare."""
