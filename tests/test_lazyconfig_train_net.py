@@ -107,6 +107,13 @@ def test_resumed_training_goes_on(dataset):
     assert rates[2] == pytest.approx(0.01)
     assert rates[3] == pytest.approx(0.001)
     assert "earlier training" in error_of(dataset)
+    # Killed between the checkpoint of the last iteration and model_final.pth.
+    expected = read_weights(output / "model_final.pth")
+    (output / "model_final.pth").rename(output / "model_0000003.pth")
+    (output / "last_checkpoint").write_text("model_0000003.pth")
+    run(dataset, "--resume", opts=["train.max_iter=4"])
+    weights = read_weights(output / "model_final.pth")
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
 def test_averages_are_evaluated_and_saved(dataset):

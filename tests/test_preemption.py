@@ -78,6 +78,19 @@ def test_signal(dataset, number):
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_kill_before_the_final_model(dataset):
+    """With the checkpoint of the last iteration on disk there is no step to go on with."""
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 4, "MODEL_EMA.ENABLED", True)
+    train(dataset, *opts)
+    output = dataset / "parts"
+    expected = exact.read(output)
+    (output / "model_final.pth").unlink()
+    (output / "last_checkpoint").write_text("model_0000007.pth")
+    assert train(dataset, *opts, resume=True) == (9, 0)
+    exact.assert_equal(exact.read(output), expected)
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+
+
 def test_workers_end_with_the_process(dataset):
     """Python ends those that are left when it ends."""
     cfg = exact.make_config(dataset, "DATALOADER.NUM_WORKERS", 2)

@@ -44,6 +44,7 @@ from gfl_d2.engine import (
     check_output_folder,
 )
 from gfl_d2.engine.ema import ModelAverager, share_buffers
+from gfl_d2.engine.hooks import FinalModelSaver
 from gfl_d2.engine.launch import hide_from_log
 from gfl_d2.engine.solver import clip_all_gradients
 from gfl_d2.errors import InputError, first_line
@@ -170,7 +171,10 @@ def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
     main_only = []
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        main_only = [hooks.PeriodicWriter(writers, period=cfg.train.log_period)]
+        main_only = [
+            FinalModelSaver(checkpointer),
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period),
+        ]
         if cfg.train.eval_period and cfg.train.best_metric:
             main_only.insert(0, BestModelSaver(checkpointer, cfg.train.best_metric, evaluated))
     saver = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)

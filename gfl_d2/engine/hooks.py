@@ -15,7 +15,7 @@ from ..checkpoint import GFLCheckpointer
 from ..errors import InputError
 from ..plain_data import load_torch
 
-__all__ = ["BestModelSaver", "EarlyStopping", "TrainingEnds"]
+__all__ = ["BestModelSaver", "EarlyStopping", "FinalModelSaver", "TrainingEnds"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,24 @@ class BestModelSaver(HookBase):
         with self._checkpointer.path_manager.open(self._path, "wb") as file:
             torch.save(content, file)
         logger.info(f"{self._metric} {value:.3f} is the best so far, kept in {self._path}")
+
+
+class FinalModelSaver(HookBase):
+    """
+    Write the missing ``model_final.pth`` when a training with no iterations left is resumed: it was
+    killed after its last checkpoint and before that file. On the main process.
+    """
+
+    def __init__(self, checkpointer: GFLCheckpointer):
+        self._checkpointer = checkpointer
+
+    def before_train(self) -> None:
+        start, end = self.trainer.start_iter, self.trainer.max_iter
+        path = os.path.join(self._checkpointer.save_dir, "model_final.pth")
+        if start >= end and not os.path.isfile(path):
+            self.trainer.iter = start - 1  # it is in the checkpoint: the last one that was made
+            self._checkpointer.save("model_final", iteration=start - 1)
+            self.trainer.iter = start
 
 
 class TrainingEnds(BaseException):

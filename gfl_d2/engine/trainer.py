@@ -25,7 +25,7 @@ from .distillation import StudentWithTeacher, find_teacher, load_teacher
 from .divergence import describe_divergence
 from .ema import ModelAverager, share_buffers
 from .evaluation import build_evaluator, check_evaluators
-from .hooks import BestModelSaver, EarlyStopping, TrainingEnds
+from .hooks import BestModelSaver, EarlyStopping, FinalModelSaver, TrainingEnds
 from .loader import TrainingLoader
 from .parallel import ParallelTrainer
 from .pictures import PictureWriter
@@ -112,6 +112,8 @@ class Trainer(ParallelTrainer):
             **averages,
         )
         ret = self._change_hooks(super().build_hooks())
+        if comm.is_main_process():
+            ret.append(FinalModelSaver(self.checkpointer))
         test, stopping = cfg.TEST, cfg.SOLVER.EARLY_STOPPING
         is_evaluated = bool(cfg.DATASETS.TEST) and test.EVAL_PERIOD > 0
         if comm.is_main_process() and is_evaluated and test.BEST_CHECKPOINT_METRIC:
