@@ -146,6 +146,20 @@ def test_resumed_training_is_the_uninterrupted_one(dataset, kind):
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_scaler_of_mixed_precision(dataset):
+    """A GPU adds in no fixed order, so weights are not the same to the bit."""
+    opts = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True)
+    train(dataset, "whole", *opts)
+    train_in_parts(dataset, "parts", *opts, killed=[4])
+    whole, parts = read(dataset / "whole"), read(dataset / "parts")
+    scalers = [content["trainer"]["_trainer"]["grad_scaler"] for content in (whole, parts)]
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["_growth_tracker"] > 5  # steps of both parts
+    for name, value in whole["model"].items():
+        torch.testing.assert_close(parts["model"][name], value, rtol=0.01, atol=0.01)
+
+
 def test_killed_after_the_last_iteration(dataset):
     train(dataset, "parts", killed=7)
     before = read(dataset / "parts")
