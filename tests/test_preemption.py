@@ -78,13 +78,19 @@ def test_signal(dataset, number):
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_kill_before_the_final_model(dataset):
-    """With the checkpoint of the last iteration on disk there is no step to go on with."""
+@pytest.mark.parametrize("is_longer", [False, True])
+def test_kill_before_the_final_model(dataset, is_longer):
+    """
+    With the checkpoint of the last iteration on disk there is no step to go on with. A training
+    made longer has the final model of the shorter one.
+    """
     opts = ("SOLVER.CHECKPOINT_PERIOD", 4, "MODEL_EMA.ENABLED", True)
     train(dataset, *opts)
     output = dataset / "parts"
     expected = exact.read(output)
     (output / "model_final.pth").unlink()
+    if is_longer:
+        (output / "model_0000003.pth").rename(output / "model_final.pth")
     (output / "last_checkpoint").write_text("model_0000007.pth")
     assert train(dataset, *opts, resume=True) == (9, 0)
     exact.assert_equal(exact.read(output), expected)

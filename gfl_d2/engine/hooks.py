@@ -89,8 +89,8 @@ class BestModelSaver(HookBase):
 
 class FinalModelSaver(HookBase):
     """
-    Write the missing ``model_final.pth`` when a training with no iterations left is resumed: it was
-    killed after its last checkpoint and before that file. On the main process.
+    Write ``model_final.pth`` when a training with no iterations left is resumed from another
+    checkpoint: it was killed after that one and before this file. On the main process.
     """
 
     def __init__(self, checkpointer: GFLCheckpointer):
@@ -98,8 +98,8 @@ class FinalModelSaver(HookBase):
 
     def before_train(self) -> None:
         start, end = self.trainer.start_iter, self.trainer.max_iter
-        path = os.path.join(self._checkpointer.save_dir, "model_final.pth")
-        if start >= end and not os.path.isfile(path):
+        last = os.path.basename(self._checkpointer.get_checkpoint_file())
+        if start >= end and last != "model_final.pth":
             self.trainer.iter = start - 1  # it is in the checkpoint: the last one that was made
             self._checkpointer.save("model_final", iteration=start - 1)
             self.trainer.iter = start
