@@ -89,8 +89,8 @@ class BestModelSaver(HookBase):
 
 class FinalModelSaver(HookBase):
     """
-    Write ``model_final.pth`` when a training with no iterations left is resumed from another
-    checkpoint: it was killed after that one and before this file. On the main process.
+    Write ``model_final.pth`` when a training with no iterations left is resumed from a checkpoint
+    other than that file: it was killed between the two. On the main process.
     """
 
     def __init__(self, checkpointer: GFLCheckpointer):
@@ -99,8 +99,8 @@ class FinalModelSaver(HookBase):
     def before_train(self) -> None:
         start, end = self.trainer.start_iter, self.trainer.max_iter
         last = os.path.basename(self._checkpointer.get_checkpoint_file())
-        if start >= end and last != "model_final.pth":
-            self.trainer.iter = start - 1  # it is in the checkpoint: the last one that was made
+        if start >= end > 0 and last != "model_final.pth":
+            self.trainer.iter = start - 1  # saved with the trainer's state: the last one done
             self._checkpointer.save("model_final", iteration=start - 1)
             self.trainer.iter = start
 
