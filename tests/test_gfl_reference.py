@@ -231,7 +231,6 @@ def test_samples(file, name):
     assert num_pos.clamp(min=1).sum() == ref[f"{name}/avg_factor_cls"]
 
 
-@torch.no_grad()
 def pair_up(detections, others):
     """The most similar of the others, each once, for each detection: boxes, scores, classes."""
     rows = [
@@ -243,6 +242,7 @@ def pair_up(detections, others):
     return order
 
 
+@torch.no_grad()
 def test_predictions_of_every_location():
     """Head outputs, scores and decoded boxes, and the candidates for NMS."""
     ref = load("gfl_head_predict")
