@@ -279,6 +279,16 @@ def test_metrics_of_a_later_training_are_not_those_of_the_first(tmp_path):
     assert math.isnan(record["bbox/AP"])
 
 
+def test_half_a_line_of_a_killed_training_is_left_out_of_the_metrics(tmp_path):
+    loss = {"total_loss": 1.0}
+    write_metrics(tmp_path, (19, loss))
+    with open(tmp_path / "metrics.json", "a") as file:
+        file.write('{"iteration": 39, "total_l')
+    assert list(read_metrics(tmp_path, "total_loss")) == [20]
+    write_metrics(tmp_path, (29, loss), (39, loss))  # resumed: its first record ends that line
+    assert list(read_metrics(tmp_path, "total_loss")) == [20, 30, 40]
+
+
 def test_metrics_of_one_iteration_in_several_records(tmp_path):
     write_metrics(tmp_path, (40, {"bbox/AP": 10.0}), (40, {"gfl/pos_quality": 0.5}))
     record = {"iteration": 40, "bbox/AP": 10.0, "gfl/pos_quality": 0.5}
