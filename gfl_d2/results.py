@@ -82,7 +82,7 @@ def load_results(
         unknown = dict.fromkeys(r[key] for r in results if r[key] not in known)
         if unknown:
             raise InputError(
-                f"{path} has detections with {key} {name_some(unknown)}, which dataset "
+                f"{path} has detections with {key} {name_some(map(repr, unknown))}, which dataset "
                 f"'{dataset}' does not have: they are of another dataset"
             )
     by_image = collections.defaultdict(list)

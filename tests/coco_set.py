@@ -193,11 +193,11 @@ def grey(dtype, factor: float):
     return convert
 
 
-def turn(data: CocoSet) -> None:
+def turn(data: CocoSet, suffix: str = ".jpg") -> None:
     """The images are stored lying on their side, and EXIF says so."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
-    recode(".jpg", lambda image: image.transpose(Image.Transpose.ROTATE_90), exif=exif)(data)
+    recode(suffix, lambda image: image.transpose(Image.Transpose.ROTATE_90), exif=exif)(data)
 
 
 def spoil(i: int, content: Callable[[bytes], bytes]):

@@ -106,6 +106,14 @@ class TestAnalyze:
             save_picture(tmp_path / "a.png", analyze(self.config()))
         assert cv2.imread(str(tmp_path / "a.png")).std() > 20
 
+    def test_a_box_far_larger_than_its_image_in_the_picture(self, register, tmp_path):
+        cv2.imwrite(str(tmp_path / "0.png"), np.zeros((192, 256, 3), np.uint8))
+        boxes = [[0, 0, 90000, 10], [9, 9, 40, 40], [-90000, 9, 40, 40]]
+        for name in ("one", "two", "test"):
+            register(name, [make_record(0, boxes, [0, 1, 1], file=f"{tmp_path}/")])
+        save_picture(tmp_path / "a.png", analyze(self.config()))
+        assert cv2.imread(str(tmp_path / "a.png")).std() > 20
+
     @pytest.mark.parametrize(
         ("records", "message"),
         [

@@ -4,7 +4,7 @@ import os
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from gfl_d2.data import images
 from gfl_d2.data.images import find_images, read_headers, read_image
@@ -95,6 +95,32 @@ def turned(path):
     Image.new("RGB", (30, 20)).save(path, exif=exif)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp", "xmp"])
+def test_orientation(tmp_path, kind, orientation):
+    """Header and pixels agree, and are those that Pillow makes of the plain picture."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32], pixels[24:, :32], pixels[:24, 32:] = (250, 10, 10), (10, 250, 10), 200
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"a.{'png' if kind == 'xmp' else kind}")
+    if kind == "xmp":
+        text = PngImagePlugin.PngInfo()
+        packet = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"/>'
+        text.add_itxt("XML:com.adobe.xmp", packet)
+        Image.fromarray(pixels).save(path, pnginfo=text)
+    else:
+        Image.fromarray(pixels).save(path, exif=exif)
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Image.Transpose
+    expected = Image.fromarray(pixels)
+    if orientation > 1:
+        expected = expected.transpose(Image.Transpose(turns[orientation]))
+    (header,) = read_headers(str(tmp_path), [path])
+    assert header[:3] == (*expected.size, orientation > 4)
+    difference = np.abs(read_image(path, "RGB").astype(int) - np.asarray(expected))
+    assert difference.mean() < 12  # JPEG's edges
+
+
 def test_headers(tmp_path):
     grey16 = np.full((20, 30), 40000, dtype=np.uint16)
     Image.new("RGB", (30, 20)).save(tmp_path / "8.png")
@@ -131,8 +157,9 @@ def test_a_damaged_memory_is_made_anew(tmp_path):
     Image.new("RGB", (30, 20)).save(path)
     read_headers(str(tmp_path), [path])
     (file,) = (tmp_path / "cache" / "gfl_d2" / "images").iterdir()
-    file.write_text("{")
-    assert read_headers(str(tmp_path), [path])[0][:2] == (30, 20)
+    for content in ("{", "[]", "null"):
+        file.write_text(content)
+        assert read_headers(str(tmp_path), [path])[0][:2] == (30, 20)
     assert json.loads(file.read_text())[path][2:4] == [30, 20]
 
 

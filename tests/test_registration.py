@@ -3,9 +3,13 @@
 import json
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
+import cv2
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 from gfl_d2.config import load_config
@@ -15,6 +19,7 @@ from gfl_d2.data import (
     read_coco,
     register_coco_format,
     register_datasets,
+    registration,
     resolve_num_classes,
 )
 from gfl_d2.errors import InputError
@@ -174,7 +179,10 @@ def test_classes_are_taken_in_the_order_of_the_config(data, caplog):
     sound = ground_truth("pets")
     assert [c["name"] for c in sorted(sound["categories"], key=lambda c: c["id"])] == ["dog", "cow"]
     assert len(sound["annotations"]) == 2
+    # They are none of the file's, so that results are not taken for those of its classes.
+    assert sorted(c["id"] for c in sound["categories"]) == [8, 9]
     assert "left out, with 1 boxes" in warnings(caplog)[0]
+    assert "with the category ids 8 to 9, in results too" in warnings(caplog)[0]
 
 
 def test_classes_whose_names_are_numbers(data):
@@ -251,6 +259,65 @@ def test_images_are_not_checked_where_they_can_be_done_without(data):
     assert [len(r["annotations"]) for r in records] == [1, 1, 0, 0]
 
 
+def test_boxes_of_an_absent_image_without_size_are_kept(data, caplog):
+    (data.image_root / "1.png").unlink()
+    for image in data.coco["images"]:
+        del image["width"], image["height"]
+    data.write()
+    register_coco_format("pets", data.json_file, data.image_root, check_images=False)
+    assert boxes_of("pets") == [[1], [0]]
+    assert len(warnings(caplog)) == 1  # of the sizes
+
+
+# What boxes and pixels look like
+
+
+def test_placeholders_of_boxes_are_not_normalized(data, caplog):
+    data.coco["annotations"] += [
+        {**data.coco["annotations"][0], "id": 20 + i, "bbox": [0, 0, 0, 0]} for i in range(5)
+    ]
+    data.register()
+    assert boxes_of("pets") == [[1], [0]]
+    assert "boxes without area" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize(("scale", "is_dark"), [(1, True), (16, True), (257, False)])
+def test_few_of_16_bits(data, caplog, scale, is_dark):
+    for image in data.coco["images"]:
+        pixels = np.full((HEIGHT, WIDTH), 255, np.uint16) * scale
+        cv2.imwrite(str(data.image_root / image["file_name"]), pixels)
+    data.register()
+    messages = [m for m in warnings(caplog) if "nearly black. Scale the images up" in m]
+    assert len(messages) == is_dark
+
+
+# Where copies are kept
+
+
+def test_a_copy_names_images_by_absolute_paths(data, monkeypatch):
+    data.coco["annotations"][0]["id"] = 0
+    data.write()
+    monkeypatch.chdir(data.image_root.parent)
+    register_coco_format("pets", data.json_file, data.image_root.name)
+    metadata = MetadataCatalog.get("pets")
+    theirs = load_coco_json(metadata.json_file, metadata.image_root)
+    assert all(Path(record["file_name"]).is_file() for record in theirs)
+
+
+def test_a_cache_that_cannot_be_written(data, tmp_path, monkeypatch):
+    data.coco["annotations"][0]["id"] = 0
+    data.write()
+    long = data.json_file.with_name("\u00fc" * 100 + ".json")
+    data.json_file.rename(long)
+    register_coco_format("pets", long, data.image_root)
+    monkeypatch.setattr(registration, "atomic_write", Mock(side_effect=PermissionError("no")))
+    data.coco["annotations"][0]["id"] = -1
+    data.coco["annotations"][0]["bbox"][0] += 1
+    long.write_text(json.dumps(data.coco))
+    with pytest.raises(InputError, match=r"cannot be written: no. \$FVCORE_CACHE names"):
+        register_coco_format("pets", long, data.image_root)
+
+
 # The real cause first
 
 
@@ -316,6 +383,16 @@ def test_a_folder_is_enough(data, tmp_path, files, monkeypatch):
     for name in ("cells_train", "cells_valid"):
         assert boxes_of(name) == [[1], [0]]
     assert MetadataCatalog.get("cells_valid").annotation_file == "cells/" + list(files)[1]
+
+
+@pytest.mark.parametrize("order", [["cells", "cells_v2"], ["cells_v2", "cells"]])
+def test_a_folder_whose_name_begins_with_another(data, tmp_path, order):
+    make_folder(tmp_path / "cells", {"train/_annotations.coco.json": "train"}, data)
+    make_folder(tmp_path / "cells_v2", {"val/_annotations.coco.json": "val"}, data)
+    cfg = make_cfg(("cells_train",), ("cells_v2_val",))
+    cfg.DATASETS.REGISTER = [str(tmp_path / name) for name in order]
+    register_datasets(cfg)
+    assert boxes_of("cells_train") == boxes_of("cells_v2_val") == [[1], [0]]
 
 
 def test_a_folder_without_the_dataset(data, tmp_path):

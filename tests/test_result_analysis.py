@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -254,7 +255,21 @@ class TestLoading:
         assert analyze_results(results, 100).overall()["AP"] == pytest.approx(100)
 
     def test_other_results(self, shelf, tmp_path):
-        with pytest.raises(InputError, match="image_id d, which dataset 'shelf' does not have"):
+        with pytest.raises(InputError, match="image_id 'd', which dataset 'shelf' does not have"):
             self.load(tmp_path, [self.RESULTS[0] | {"image_id": "d"}])
         with pytest.raises(InputError, match="no detections"):
             self.load(tmp_path, [])
+
+    def test_an_area_that_is_no_number(self, clean_catalogs, tmp_path):
+        """Of a file that Detectron2 itself registered."""
+        ids = {"id": 1, "image_id": "a", "category_id": 1}
+        truth = {
+            "images": [{"id": "a", "file_name": "a.png", "width": 20, "height": 20}],
+            "categories": [{"id": 1, "name": "book"}],
+            "annotations": [{**ids, "bbox": [0, 0, 9, 9], "area": "x", "iscrowd": 0}],
+        }
+        (tmp_path / "truth.json").write_text(json.dumps(truth))
+        register_coco_instances("shelf", {}, str(tmp_path / "truth.json"), str(tmp_path))
+        results = [{"image_id": "a", "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.5}]
+        with pytest.raises(InputError, match="'shelf' has a bbox or area that is no number"):
+            self.load(tmp_path, results)

@@ -94,7 +94,9 @@ for case, (suffix, mode) in MODES.items():
     add("pixels", f"pixels_{case}", recode(suffix, convert), Reads())
 add("pixels", "png_rgb16", save_16_bits(".png"), Reads())  # Pillow scales colours itself
 add("pixels", "tif_rgb16", save_16_bits(".tif"), Reads())
-add("pixels", "exif_upright_sizes", turn, Reads())
+for suffix in (".jpg", ".png", ".tif", ".webp"):
+    lying = lambda data, suffix=suffix: turn(data, suffix)  # noqa: E731
+    add("pixels", f"exif_upright_sizes_{suffix[1:]}", lying, Reads())
 add("pixels", "zero_bytes", spoil(3, lambda content: b""), Refused(r"1 of the 4 images.*4\.png"))
 add("pixels", "no_image", spoil(3, lambda content: b"<html>"), Refused(r"4\.png.*not an image"))
 placeholder = spoil(3, lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:1")
@@ -120,10 +122,15 @@ NAMES = {
     "subfolder": ("sub/folder/{}", "sub/folder/{}", {}),
     "dot": ("./{}", "{}", {}),
     "url": ("https://example.org/images/{}", "{}", TAIL),
+    "backslash_escaped": ("images%5C{}", "images/{}", {"URL": 4}),
     "label_studio": ("data/local-files/?d=images/{}", "{}", TAIL),
+    "label_studio_windows": ("data/local-files/?d=images%5C{}", "{}", TAIL),
+    "label_studio_without_folder": ("data/local-files/?d={}", "{}", TAIL),
     "url_query": ("https://example.org/images/{}?token=a%2Fb&v=1", "{}", TAIL),
     "query": ("{}?raw=true", "{}", {"without ?": 4}),
     "case": ("IMG_{}", "img_{}", ALIKE),
+    "case_of_folder": ("Train/{}", "train/{}", ALIKE),
+    "nfd_folder_on_disk": ("Pr\u00fcfung/a {}", "Pru\u0308fung/a {}", ALIKE),
     "nfd_on_disk": ("caf\u00e9 {}", "cafe\u0301 {}", ALIKE),
     "nfc_on_disk": ("cafe\u0301 {}", "caf\u00e9 {}", ALIKE),
     "parent": ("../images/{}", "{}", {}),
@@ -197,6 +204,16 @@ add(
 )
 add(
     "image id", "image_repeated", set_list("images", lambda items: items + items[:2]),
+    Reads(notes={"images that repeat": 2}),
+)  # fmt: skip
+again = lambda items: [*items, *({**item, "width": 0} for item in items[:2])]  # noqa: E731
+add(
+    "image id", "image_repeated_without_size", set_list("images", again),
+    Reads(notes={"images that repeat": 2}),
+)  # fmt: skip
+first = lambda items: [{**item, "height": 0} for item in items[:2]] + items  # noqa: E731
+add(
+    "image id", "image_repeated_with_size", set_list("images", first),
     Reads(notes={"images that repeat": 2}),
 )  # fmt: skip
 twice = Refused(r"image id 1 occurs twice, for 1\.\w+ .* and .*: give each")

@@ -159,8 +159,10 @@ def _draw_crop(axes: Axes, box: dict) -> None:
         axes.text(0.5, 0.5, "cannot be read", ha="center", va="center")
         return
     x, y, width, height = box["bbox"]
-    half = max(0.9 * max(width, height), 24)
-    left, top, side = int(x + width / 2 - half), int(y + height / 2 - half), int(2 * half) + 1
+    # A box may be far larger than its image, or beyond it.
+    half = min(max(0.9 * max(width, height), 24), max(image.size))
+    centre_x, centre_y = np.clip((x + width / 2, y + height / 2), 0, image.size)
+    left, top, side = int(centre_x - half), int(centre_y - half), int(2 * half) + 1
     crop = image.crop((left, top, left + side, top + side))  # black beyond the image
     crop.thumbnail((400, 400))  # the picture has no room for more
     axes.imshow(crop, extent=(left, left + side, top + side, top))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
-import json
 import logging
 import os
 import traceback
@@ -214,7 +213,7 @@ def loading(names: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, KeyError, OSError, json.JSONDecodeError) as error:
+    except (AssertionError, KeyError, OSError, ValueError) as error:
         if _comes_from_other_code(error):
             raise
         keys = ("annotation_file", "json_file")

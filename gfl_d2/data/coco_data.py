@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,14 +62,20 @@ class CocoData:
         new_indices[old] = np.arange(len(old))
         self.class_indices = new_indices[self.class_indices]
         is_taken = self.class_indices >= 0
-        rest = f"left out, with {int((~is_taken).sum())} boxes"
-        self.changes.append(
-            (len(self.class_names) - len(old), "classes not in DATASETS.CLASSES", rest)
-        )
+        if len(old) < len(self.class_names):
+            rest = f"left out, with {int((~is_taken).sum())} boxes"
+            number = len(self.class_names) - len(old)
+            self.changes.append((number, "classes not in DATASETS.CLASSES", rest))
         self.take_boxes(is_taken)
-        # COCO evaluation sorts classes by their ids.
         ids = [self.category_ids[index] for index in old]
-        self.category_ids = ids if ids == sorted(ids) else list(range(1, len(ids) + 1))
+        if ids != sorted(ids):
+            # COCO evaluation sorts classes by their ids. Ids that the file does not have cannot be
+            # taken for its own.
+            first = max(self.category_ids) + 1
+            ids = list(range(first, first + len(ids)))
+            read_as = f"with the category ids {ids[0]} to {ids[-1]}, in results too"
+            self.changes.append((len(ids), "classes in the order of DATASETS.CLASSES", read_as))
+        self.category_ids = ids
         self.class_names = list(names)
 
     def drop_boxes_without_area(self) -> None:
@@ -78,7 +85,7 @@ class CocoData:
         Raises:
             InputError: no box would be left.
         """
-        sizes = self.sizes[self.image_indices]
+        sizes = np.where(self.sizes > 0, self.sizes, np.inf)[self.image_indices]
         ends = np.minimum(self.boxes[:, :2] + self.boxes[:, 2:], sizes)
         has_area = (ends > self.boxes[:, :2].clip(min=0)).all(axis=1)
         count = int((~has_area).sum())
@@ -115,7 +122,7 @@ class CocoData:
     def to_coco(self) -> dict:
         """The dataset in COCO format. Without boxes it has no ``annotations``, as a test set."""
         images = [
-            {"id": id, "file_name": name, "width": w, "height": h}
+            {"id": id, "file_name": os.path.abspath(name), "width": w, "height": h}
             for id, name, (w, h) in zip(self.image_ids, self.file_names, self.sizes.tolist())
         ]
         categories = [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names)]

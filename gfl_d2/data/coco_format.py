@@ -139,7 +139,9 @@ class _Reader:
                 self.fail(f"image {id!r} has no proper file_name, but {file_name!r}: correct it")
             image = (file_name, *(to_size(item.get(key)) for key in ("width", "height")))
             known = images.setdefault(to_scalar(id), image)
-            if known != image:
+            if known[0] == file_name and 0 in known:  # without a size, which this one may have
+                images[to_scalar(id)] = image
+            elif known != image and not (known[0] == file_name and 0 in image):
                 twice = " and ".join(f"{name} ({w}x{h})" for name, w, h in (known, image))
                 self.fail(f"image id {id!r} occurs twice, for {twice}: give each an id of its own")
         self.note(len(items) - len(images), "images that repeat another", "merged")
@@ -196,9 +198,12 @@ class _Reader:
             for i in (i for i, place in enumerate(found) if place < 0):
                 places = by_text.get(str(to_id(values[i])), ())
                 if len(places) != 1:
+                    rest = (v for v, place in zip(values, found) if place < 0)
+                    count = sum(len(by_text.get(str(to_id(v)), ())) != 1 for v in rest)
                     self.fail(
                         f"{self.name(items, i)} is of unknown {kind} {values[i]!r}; known: "
-                        f"{name_some(index)}. Add the {kind}, or delete the annotation"
+                        f"{name_some(index)}. Add the {kind}, or delete the annotation; {count} of "
+                        f"{len(items)} are like that"
                     )
                 found[i] = places[0]
         odd = sum(type(value) is not type(to_id(value)) for value in values)
@@ -246,7 +251,7 @@ class _Reader:
         if None in flags.values():
             pairs = enumerate(values)
             i = next(i for i, v in pairs if isinstance(v, (list, dict)) or to_flag(v) is None)
-            where = f"{self.name(items, i)} has '{key}' {str(values[i])[:60]!r}"
+            where = f"{self.name(items, i)} has '{key}' {repr(values[i])[:60]}"
             self.fail(f"{where}, neither 0 nor 1: {_REMEDY}")
         missing = values.count(None)
         if not may_lack:

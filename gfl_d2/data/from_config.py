@@ -42,6 +42,7 @@ def register_datasets(
     classes = [str(name) for name in cfg.DATASETS.CLASSES]
     if len(set(classes)) < len(classes):
         raise InputError(f"DATASETS.CLASSES names a class twice: {name_some(classes, 20)}")
+    offered = {}
     for entry in cfg.DATASETS.REGISTER:
         items = [entry] if isinstance(entry, str) else entry
         is_list = isinstance(items, (list, tuple)) and len(items) in (1, 3)
@@ -57,7 +58,7 @@ def register_datasets(
                 "character: write paths with /, or with \\\\"
             )
         if len(items) == 1:
-            _register_folder(items[0], names, classes, check_images)
+            offered[items[0]] = _register_folder(items[0], names, classes, check_images)
         elif items[0] in names:
             name, json_file, image_root = items
             register_coco_format(
@@ -67,6 +68,13 @@ def register_datasets(
                 classes,
                 check_images,
             )
+    for folder, there in offered.items():
+        for name in names:
+            # It may be another folder's, whose name begins with this one's.
+            if name.startswith(_prefix(folder)) and name not in DatasetCatalog:
+                raise InputError(
+                    f"DATASETS.REGISTER: {folder} has no dataset '{name}', but {name_some(there)}"
+                )
     _refuse_classes_of_others(classes, names)
 
 
@@ -76,11 +84,11 @@ def _prefix(folder: str) -> str:
 
 def _register_folder(
     path: str, names: Iterable[str], classes: Sequence[str], check_images: bool
-) -> None:
+) -> list[str]:
+    """The names of all datasets of the folder, if one of ``names`` may be among them."""
     prefix = _prefix(path)
-    wanted = [name for name in names if name.startswith(prefix)]
-    if not wanted:
-        return
+    if not any(name.startswith(prefix) for name in names):
+        return []
     folder = _find(prefix[:-1], "folder", path, os.path.isdir)
     splits = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "_annotations.coco.json"))):
@@ -97,13 +105,10 @@ def _register_folder(
             f"DATASETS.REGISTER: {folder} has neither train/_annotations.coco.json and the like "
             "nor annotations/instances_*.json: name the files, [name, json_file, image_root]"
         )
-    for name in wanted:
-        split = name[len(prefix) :]
-        if split in splits:
-            register_coco_format(name, *splits[split], classes, check_images)
-        elif name not in DatasetCatalog:
-            there = name_some(f"{prefix}{split}" for split in splits)
-            raise InputError(f"DATASETS.REGISTER: {folder} has no dataset '{name}', but {there}")
+    for split, files in splits.items():
+        if f"{prefix}{split}" in names:
+            register_coco_format(f"{prefix}{split}", *files, classes, check_images)
+    return [f"{prefix}{split}" for split in splits]
 
 
 def _refuse_classes_of_others(classes: Sequence[str], names: Iterable[str]) -> None:

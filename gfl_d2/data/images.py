@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values for pictures that lie on their side
+_SIZE = (256, 257)  # the TIFF tags of the stored width and height
 # Why an image cannot be read, where Pillow's own message is no good.
 _REASONS = {
     FileNotFoundError: "no such file",
@@ -79,14 +80,14 @@ def find_images(image_root: str, names: Sequence[str]) -> tuple[list[str | None]
         tries = ((os.path.join(image_root, form), way) for form, way in _forms(name))
         path, way = next(((p, way) for p, way in tries if folders.has_file(p)), (None, ""))
         if path is None:
-            alike = (folders.find_alike(os.path.join(image_root, form)) for form, _ in _forms(name))
+            alike = (folders.find_alike(image_root, form) for form, _ in _forms(name))
             path = next(filter(None, alike), None)
             way = "in another case or Unicode form" if path else ""
         paths.append(path)
         ways.append(way)
     claims = collections.defaultdict(set)
     for path, name in zip(paths, names):
-        claims[path].add(os.path.normpath(unquote(name.replace("\\", "/"))))
+        claims[path].add(os.path.normpath(_decode(name)))
     for i, (path, way) in enumerate(zip(paths, ways)):
         if way and len(claims[path]) > 1:
             paths[i], ways[i] = None, ""
@@ -98,17 +99,23 @@ def _forms(name: str) -> Iterator[tuple[str, str]]:
     yield name, ""
     slashed = name.replace("\\", "/")
     yield slashed, "/ for \\"
-    decoded = unquote(slashed)
+    decoded = _decode(slashed)
     yield decoded, "URL-decoded"
     forms = dict.fromkeys((slashed, decoded))
     if "?" in slashed:
-        bare = unquote(slashed.partition("?")[0])
+        value = decoded.rpartition("=")[2]
+        yield value, "from the end of the path"
+        bare = _decode(slashed.partition("?")[0])
         yield bare, "without ?..."
         forms[bare] = None
     for form in forms:
         parts = form.split("/")
         for start in range(1, len(parts)):
             yield "/".join(parts[start:]), "from the end of the path"
+
+
+def _decode(name: str) -> str:
+    return unquote(name).replace("\\", "/")
 
 
 class _Folders:
@@ -122,9 +129,16 @@ class _Folders:
         folder, name = os.path.split(path)
         return name in self._list(folder) or os.path.isfile(path)
 
-    def find_alike(self, path: str) -> str | None:
-        """The only file in the folder whose name differs in case or Unicode normalization alone."""
-        folder, name = os.path.split(path)
+    def find_alike(self, root: str, path: str) -> str | None:
+        """The only file in ``root`` whose path differs in case or Unicode normalization alone."""
+        found = root
+        for name in os.path.normpath(path).split(os.sep):
+            found = found and self._find_name(found, name)
+        return found
+
+    def _find_name(self, folder: str, name: str) -> str | None:
+        if name in self._list(folder):
+            return os.path.join(folder, name)
         if folder not in self._alike:
             self._alike[folder] = collections.defaultdict(list)
             for other in self._list(folder):
@@ -153,13 +167,15 @@ def read_headers(image_root: str, paths: Sequence[str]) -> list[ImageHeader | st
     Returns:
         list: a header for each path, or why the file cannot be read, as text.
     """
-    key = hashlib.blake2b(os.path.abspath(image_root).encode(), digest_size=12).hexdigest()
+    source = repr((os.path.abspath(image_root), ImageHeader._fields))
+    key = hashlib.blake2b(source.encode(), digest_size=12).hexdigest()
     cache_file = os.path.join(cache_folder("images"), f"{key}.json")
     try:
         with open(cache_file, encoding="utf-8") as file:
             known = json.load(file)
     except (OSError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
     results = []
     show = len(paths) > 2000 and comm.is_main_process()
@@ -171,8 +187,11 @@ def read_headers(image_root: str, paths: Sequence[str]) -> list[ImageHeader | st
                 progress.update(len(batch))
     new = {path: entry for path, entry in zip(paths, results) if not isinstance(entry, str)}
     if any(known.get(path) != entry for path, entry in new.items()):
-        with atomic_write(cache_file, "w") as file:
-            file.write(json.dumps({**known, **new}))
+        try:
+            with atomic_write(cache_file, "w") as file:
+                file.write(json.dumps({**known, **new}))
+        except OSError as error:  # they are read again the next time
+            logger.warning(f"{cache_file} cannot be written: {error}")
     return [e if isinstance(e, str) else ImageHeader(*e[2:]) for e in results]
 
 
@@ -185,10 +204,11 @@ def _read_header(path: str, known: dict[str, list]) -> list | str:
         if entry is not None and entry[:2] == state:
             return entry
         with Image.open(path) as image:
-            width, height = image.size
-            # To look for EXIF data behind the pixels of a PNG, Pillow would decode them.
-            has_exif = image.format != "PNG" or "exif" in image.info
-            is_turned = has_exif and image.getexif().get(_ORIENTATION) in _TURNED
+            # The size of a TIFF file is that of the upright picture in some versions of Pillow.
+            is_tiff = image.format == "TIFF"
+            width, height = (image.tag_v2[tag] for tag in _SIZE) if is_tiff else image.size
+            # PngImageFile.getexif would decode the pixels, to look for EXIF data behind them.
+            is_turned = Image.Image.getexif(image).get(_ORIENTATION) in _TURNED
             size = (height, width) if is_turned else (width, height)
             return [*state, *size, is_turned, _bits(image)]
     except READ_ERRORS as error:
@@ -205,8 +225,8 @@ def _bits(image: Image.Image) -> int:
 
 def read_image(path: str, format: str) -> np.ndarray:
     """
-    :func:`detectron2.data.detection_utils.read_image`, which also reads grey images of 16 bits: as
-    OpenCV does, their values are divided by 256.
+    :func:`detectron2.data.detection_utils.read_image`, which also reads grey images of 16 bits (as
+    OpenCV does, their values are divided by 256) and TIFF files that have an orientation.
 
     Returns:
         ndarray: shape (H, W, C), uint8, upright.
@@ -216,7 +236,8 @@ def read_image(path: str, format: str) -> np.ndarray:
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            if _bits(image) == 8:
+            # Pillow turns TIFF files as it reads them; Detectron2 would turn them once more.
+            if _bits(image) == 8 and image.format != "TIFF":
                 return detection_utils.read_image(path, format=format)
             return _convert(ImageOps.exif_transpose(image), format, _bits(image))
     except READ_ERRORS as error:

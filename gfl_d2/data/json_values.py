@@ -108,5 +108,5 @@ def to_flag(value: Any) -> int | None:
 def is_bbox(value: Any) -> bool:
     """Whether it is a list of four finite numbers."""
     is_list = isinstance(value, list) and len(value) == 4
-    # Text is no number here.
+    # Numbers as text, which _to_float reads, are common in sizes; in a box they are a mistake.
     return is_list and all(not isinstance(v, str) and math.isfinite(_to_float(v)) for v in value)

@@ -16,7 +16,7 @@ from ..errors import InputError, name_some
 from ..files import atomic_write
 from .coco_data import CocoData
 from .coco_format import read_annotations
-from .images import ImageHeader, cache_folder, find_images, read_headers
+from .images import ImageHeader, cache_folder, find_images, read_headers, read_image
 from .json_values import read_bytes
 
 __all__ = ["read_coco", "register_coco_format"]
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # and the share of the image's side that they may leave it by.
 _MAX_OUTSIDE, _MIN_OUTSIDE = 0.03, 3
 _TOLERANCE = 0.01
+# What images of 12 bits that were not scaled to 16 do not reach.
+_MIN_BRIGHTEST = 16
 # Which share of the boxes may lie in the first pixel.
 _MAX_NORMALIZED = 0.5
 
@@ -106,7 +108,8 @@ def read_coco(
             be read or has another size is no error then, and keeps the size that the file says.
 
     Returns:
-        CocoData: ``file_names`` are paths, and no ``sizes`` lacks.
+        CocoData: ``file_names`` are paths, and no ``sizes`` lacks but those of images that cannot
+        be read either, without ``check_images``.
 
     Raises:
         InputError: the file is not sound, or an image is missing, cannot be read or has another
@@ -149,20 +152,35 @@ def _add_images(data: CocoData, image_root: str, check_images: bool) -> list[tup
         if differs.any():
             _refuse_sizes(data, headers, real, differs.nonzero()[0])
     data.file_names = paths
-    num_deep = sum(not isinstance(header, str) and header.bits == 16 for header in headers)
+    is_deep = (not isinstance(header, str) and header.bits == 16 for header in headers)
+    deep = [path for path, is_so in zip(paths, is_deep) if is_so]
     changes = [(count, "images not found by their file_name", way) for way, count in ways.items()]
     if is_unknown.any():
         changes.append((int(is_unknown.sum()), "images without size", "that of the image file"))
-    if num_deep:
-        changes.append((num_deep, "images of 16 bits", "8 bits: value / 256, as OpenCV does"))
+    if deep:
+        changes.append((len(deep), "images of 16 bits", "8 bits: value / 256, as OpenCV does"))
+        _warn_of_dark_image(deep[0])
     return changes
+
+
+def _warn_of_dark_image(path: str) -> None:
+    try:
+        brightest = int(read_image(path, "L").max())
+    except InputError:  # it is named when it is used
+        return
+    if brightest < _MIN_BRIGHTEST:
+        logger.warning(
+            f"{path} has 16 bits, of which the highest are not used: as 8 bits its values are 0 to "
+            f"{brightest}, nearly black. Scale the images up, by 16 for 12 bits"
+        )
 
 
 def _refuse_missing(data: CocoData, missing: list[str]) -> None:
     if missing:
         raise InputError(
-            f"{len(missing)} of the {len(data.image_ids)} images of {data.json_file} do not exist: "
-            f"{name_some(missing)}. Correct the folder of the images, or the file names"
+            f"{len(missing)} of the {len(data.image_ids)} images of {data.json_file} do not exist, "
+            f"or are those of another file_name: {name_some(missing)}. Correct the folder of the "
+            "images, or the file names"
         )
 
 
@@ -208,10 +226,10 @@ def _refuse_sizes(
 
 def _refuse_normalized(data: CocoData) -> None:
     # Rounding takes some a little beyond 1. An image of few pixels may have such boxes.
-    is_small = (data.boxes <= 1.05).all(axis=1)
-    if (is_small.mean() if len(is_small) else 0) > _MAX_NORMALIZED and data.sizes.max(
-        initial=0
-    ) != 1:
+    has_area = (data.boxes[:, 2:] > 0).all(axis=1)
+    is_small = (data.boxes[has_area] <= 1.05).all(axis=1)
+    share = is_small.mean() if len(is_small) else 0
+    if share > _MAX_NORMALIZED and data.sizes.max(initial=0) != 1:
         raise InputError(
             f"{data.json_file}: in {int(is_small.sum())} of {len(is_small)} boxes all values of "
             "'bbox' are at most 1, so they are normalized: multiply x and width by the width of "
@@ -221,9 +239,11 @@ def _refuse_normalized(data: CocoData) -> None:
 
 def _warn_of_boxes_outside(data: CocoData) -> None:
     sizes = data.sizes[data.image_indices]
+    is_known = (sizes > 0).all(axis=1)
+    sizes = sizes[is_known]
     if not len(sizes):
         return
-    starts, sides = data.boxes[:, :2], data.boxes[:, 2:]
+    starts, sides = data.boxes[is_known, :2], data.boxes[is_known, 2:]
     margins = 1 + _TOLERANCE * sizes
 
     def leaves(starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> float:
@@ -255,12 +275,18 @@ def _sound_file(data: CocoData) -> str:
     if not data.changes:
         return data.json_file
     content = json.dumps(data.to_coco()).encode()
-    stem = os.path.basename(os.path.splitext(data.json_file)[0])
+    # File systems limit the length of names.
+    stem = os.path.basename(os.path.splitext(data.json_file)[0])[:50]
     # Changed data has another name: an evaluator may still use the old file.
     path = os.path.join(cache_folder("annotations"), f"{stem}-{_digest(content)}.json")
     if not os.path.isfile(path):
-        with atomic_write(path) as file:
-            file.write(content)
+        try:
+            with atomic_write(path) as file:
+                file.write(content)
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be written: {error}. $FVCORE_CACHE names the folder of such files"
+            ) from None
     return path
 
 

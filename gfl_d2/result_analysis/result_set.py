@@ -151,8 +151,12 @@ def load_result_set(dataset: str, path: str | Path) -> ResultSet:
         known: Any = {"image_id": images, "category_id": ids}.get(key)
         return np.array([known[row[key]] if known else row[key] for row in rows])
 
-    boxes = take(annotations, "bbox").astype(np.float64)
-    areas = [a.get("area", w * h) for a, (w, h) in zip(annotations, boxes[:, 2:].tolist())]
+    try:
+        boxes = take(annotations, "bbox").astype(np.float64).reshape(-1, 4)
+        areas = [a.get("area", w * h) for a, (w, h) in zip(annotations, boxes[:, 2:].tolist())]
+        areas = np.array(areas, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"'{dataset}' has a bbox or area that is no number: {error}") from None
     return ResultSet(
         dataset=dataset,
         image_ids=image_ids,
@@ -160,7 +164,7 @@ def load_result_set(dataset: str, path: str | Path) -> ResultSet:
         gt_images=take(annotations, "image_id"),
         gt_classes=take(annotations, "category_id"),
         gt_boxes=boxes,
-        gt_areas=np.array(areas, dtype=np.float64),
+        gt_areas=areas,
         is_crowd=np.array(crowds),
         images=take(results, "image_id"),
         classes=take(results, "category_id"),
