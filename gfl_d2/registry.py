@@ -37,7 +37,7 @@ class Registry(FvcoreRegistry):
 
     def get(self, name: str) -> type:
         """Raises InputError if no class is registered under this name."""
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             names = ", ".join(repr(name) for name, _ in self)
             raise InputError(f"{self._name} must be one of {names}, got {name!r}")
         return super().get(name)

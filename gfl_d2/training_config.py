@@ -29,7 +29,7 @@ def add_training_config(cfg: CN) -> None:
     cfg.MODEL_EMA.WARMUP = 2000
 
     # Compute the gradients of a batch in this many parts, one after the other, >= 1: less memory,
-    # the same step, in a third more time. IMS_PER_BATCH stays the images of a step.
+    # the same step, in more time. IMS_PER_BATCH stays the images of a step.
     cfg.SOLVER.ACCUMULATE = 1
     # IMS_PER_BATCH for which the schedule is written, or 0. With another one BASE_LR is scaled
     # in proportion, and MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD
@@ -42,8 +42,8 @@ def add_training_config(cfg: CN) -> None:
     cfg.SOLVER.EARLY_STOPPING = CN()
     cfg.SOLVER.EARLY_STOPPING.PATIENCE = 0
     cfg.SOLVER.EARLY_STOPPING.MIN_DELTA = 0.0
-    # At --resume the learning rate, weight decay, momentum and schedule are those of the config,
-    # instead of the checkpoint's.
+    # At --resume the learning rate, weight decay and momentum are those of the config, instead of
+    # the checkpoint's. The schedule (STEPS, MAX_ITER, LR_SCHEDULER_NAME) is the config's anyway.
     cfg.SOLVER.OVERRIDE_ON_RESUME = False
     # "SGD", or "AdamW" (decoupled weight decay; MOMENTUM and NESTEROV are not used).
     cfg.SOLVER.OPTIMIZER = "SGD"
@@ -97,6 +97,9 @@ def _check_teacher(cfg: CN) -> None:
             "MODEL.GFL.DISTILL needs both TERMS (what is learned) and TEACHER_WEIGHTS (from whom), "
             f"or none of its teacher's keys, got {got}"
         )
+    allowed = "False with MODEL.GFL.DISTILL.TERMS: it runs the student without its teacher"
+    both = is_on and cfg.TEST.PRECISE_BN.ENABLED
+    require(cfg, "TEST.PRECISE_BN.ENABLED", not both, allowed)
 
 
 def _check_ranges(cfg: CN) -> None:
@@ -107,6 +110,8 @@ def _check_ranges(cfg: CN) -> None:
     allowed = "False when MODEL_EMA.ENABLED is True: the averages have statistics of their own"
     both = ema.ENABLED and cfg.TEST.PRECISE_BN.ENABLED
     require(cfg, "TEST.PRECISE_BN.ENABLED", not both, allowed)
+    for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
+        require(cfg, f"SOLVER.{key}", solver[key] >= 1, "a number of iterations, >= 1")
     require(cfg, "SOLVER.AUTO_SCALE_LR", solver.AUTO_SCALE_LR >= 0, "a size of batches, or 0")
     allowed = "0 when SOLVER.REFERENCE_WORLD_SIZE is not: both scale the schedule"
     both = solver.AUTO_SCALE_LR and solver.REFERENCE_WORLD_SIZE
@@ -156,6 +161,8 @@ def _check_early_stopping(cfg: CN, is_evaluated: bool) -> None:
 
 def _check_metric(cfg: CN) -> None:
     metric, test = cfg.TEST.BEST_CHECKPOINT_METRIC, cfg.DATASETS.TEST
+    is_loss = f"/{metric}".rpartition("/val/")[2].startswith(("loss_", "total_loss"))
+    require(cfg, "TEST.BEST_CHECKPOINT_METRIC", not is_loss, "a metric of which more is better")
     prefix = next((f"{name}/" for name in test if metric.startswith(f"{name}/")), "")
     if len(test) > 1 and not prefix:
         raise InputError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
@@ -263,6 +263,37 @@ def test_a_model_built_without_a_config_file_is_checked(key, value):
     cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "GFL", "MODEL.DEVICE", "cpu", key, value])
     with pytest.raises(InputError, match=key):
         build_model(cfg)
+
+
+PLAIN_START = ["MODEL.RESNETS.ZERO_INIT_RESIDUAL", False]
+
+
+@pytest.mark.parametrize(
+    ("opts", "reason"),
+    [
+        (["MODEL.BACKBONE.NAME", "resnet", *PLAIN_START], "'resnet' is no registered backbone"),
+        (["MODEL.RESNETS.DEPTH", 20], "KeyError: 20"),
+        (["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256], "RES2_OUT_CHANNELS"),
+        (["MODEL.FPN.NORM", "foo"], "KeyError: 'foo'"),
+        (["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 100], "ValueError: "),
+        (["MODEL.FPN.IN_FEATURES", ["res1", "res4"]], "KeyError: 'res1'"),
+    ],
+)
+def test_keys_of_a_backbone_that_do_not_fit(opts, reason):
+    with pytest.raises(InputError, match=rf"MODEL.BACKBONE.NAME.*{reason}"):
+        build_model(small(*opts))
+
+
+def test_errors_of_other_backbones_keep_their_stack_trace():
+    def build_wrong_backbone(cfg, input_shape):
+        raise KeyError("mine")
+
+    BACKBONE_REGISTRY.register(build_wrong_backbone)
+    try:
+        with pytest.raises(KeyError, match="mine"):
+            build_model(small("MODEL.BACKBONE.NAME", "build_wrong_backbone", *PLAIN_START))
+    finally:
+        del BACKBONE_REGISTRY._obj_map["build_wrong_backbone"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -281,6 +281,7 @@ def test_values_reach_the_terms():
         (["TERMS", "['ld', 'hints']"], r"TERMS must be one of 'ld'.*got 'hints'"),
         (["TERMS", "['ld', 'ld']"], "TERMS must be a list that names each term once"),
         (["LD_TEMPERATURE", 0.0], "LD_TEMPERATURE must be > 0, got 0.0"),
+        (["TERMS", "[['ld']]"], r"TERMS must be one of 'ld'.*got \['ld'\]"),
         (["BCKD_BOX_WEIGHT", -1.0], "BCKD_BOX_WEIGHT must be >= 0"),
     ],
 )
@@ -296,9 +297,30 @@ def test_distributions_are_needed(term):
         small_config("joint", "dirac", "atss", *opts)
 
 
+def test_one_class_has_no_distribution_over_classes():
+    with pytest.raises(InputError, match=r"'kd' learns which class"):
+        build_distillation(small_config(*DISTILLED, "MODEL.GFL.NUM_CLASSES", 1))
+
+
+def test_the_teacher_has_no_gradient():
+    model = build_gfl(*DISTILLED).train()
+    with torch.no_grad():
+        predictions = model.predict([make_input()])[2]
+    teacher = Predictions(*([x.requires_grad_() for x in maps] for maps in predictions[:2]))
+    with EventStorage():
+        sum(model([make_input()], teacher).values()).backward()
+    assert all(x.grad is None for maps in teacher[:2] for x in maps)
+
+
 def test_terms_without_a_teacher():
     with pytest.raises(InputError, match=r"DISTILL\.TERMS needs a teacher"), EventStorage():
         build_gfl(*DISTILLED).train()([make_input()])
+
+
+def test_sapd_has_no_thresholds():
+    opts = ["MODEL.GFL.DISTILL.TERMS", ["ld_vlr"]]
+    with pytest.raises(InputError, match=r"'ld_vlr' needs the thresholds of ATSS"):
+        small_config("none", "general", "sapd", *opts)
 
 
 def test_thresholds_are_needed():

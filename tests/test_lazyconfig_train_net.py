@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -152,9 +156,49 @@ def test_mistakes_are_one_line(dataset):
     assert "model.head.num_classes is 5" in message
     assert "2 classes" in message
     assert "'absent'" in error_of(dataset, opts=["dataloader.train.dataset.names=absent"])
+    both = "dataloader.test.dataset.names=[toy_train,toy_val]"
+    assert "must be one dataset" in error_of(dataset, opts=[both])
+    assert "float16 for GPUs" in error_of(dataset, opts=["train.amp.enabled=true"])
     message = error_of(dataset, opts=["train.init_checkpoint=absent.pth"])
     assert "absent.pth does not exist" in message
     assert not (dataset / "output" / "model_final.pth").exists()
+
+
+def test_a_key_whose_value_is_none_can_be_set(dataset):
+    run(dataset, opts=["train.max_iter=4", "train.eval_period=0", "train.checkpointer.period=1",
+                       "train.checkpointer.max_to_keep=1"])  # fmt: skip
+    kept = {path.name for path in (dataset / "output").glob("model_*.pth")}
+    assert kept == {"model_0000003.pth", "model_final.pth"}
+
+
+def test_a_folder_in_which_a_training_runs(dataset):
+    (dataset / "output").mkdir()
+    program = "import sys; from gfl_d2.files import lock_folder; lock = lock_folder(sys.argv[1]); "
+    program += "print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(dataset / "output")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        message = error_of(dataset)
+        other.stdin.close()
+    assert "training" in message
+    assert not (dataset / "output" / "model_final.pth").exists()
+
+
+def test_a_signal_saves_first(dataset, monkeypatch):
+    step = script.SimpleTrainer.run_step
+
+    def run_step(self):
+        step(self)
+        if self.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script.SimpleTrainer, "run_step", run_step)
+    opts = ["train.eval_period=0", "train.bf16=false", "train.checkpointer.period=100"]
+    opts.append("train.log_period=20")
+    with pytest.raises(SystemExit) as caught:
+        run(dataset, opts=opts)
+    assert caught.value.code == 143
+    assert (dataset / "output" / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
 def test_config_is_saved_so_that_it_can_be_read(dataset, caplog):

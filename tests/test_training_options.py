@@ -297,6 +297,14 @@ def test_early_stopping(dataset, train, monkeypatch, caplog, patience, delta, la
     assert read(dataset / "run")["iteration"] == last
 
 
+def test_early_stopping_names_the_metrics_that_there_are(dataset, train, monkeypatch, caplog):
+    metrics_in_turn(monkeypatch, AP)
+    opts = [*TINY, "SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 1, "TEST.EVAL_LOSS", True]
+    opts += ["SOLVER.EARLY_STOPPING.PATIENCE", 1, "TEST.BEST_CHECKPOINT_METRIC", "bbox/ap"]
+    train("run", *opts)
+    assert "This evaluation gave no 'bbox/ap', but bbox/AP" in caplog.text
+
+
 @pytest.mark.parametrize("killed", [2, 4, 5])
 def test_resumed_early_stopping(dataset, train, monkeypatch, killed):
     """Killed at any time, it ends where it would have ended."""
@@ -348,6 +356,14 @@ def test_scaled_schedule():
     assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (4800, (3600, 4416), 400)
     assert (scaled.TEST.EVAL_PERIOD, solver.REFERENCE_WORLD_SIZE) == (1600, 0)
     assert scale_to_batch(scaled) == scaled
+    # What happens in every iteration goes on happening.
+    often = ["SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1]
+    cfg = load_config(CONFIG, [*opts[:2], "SOLVER.AUTO_SCALE_LR", 2, *often])
+    assert scale_to_batch(cfg).SOLVER.MAX_ITER == 300
+    assert (scale_to_batch(cfg).SOLVER.CHECKPOINT_PERIOD, scale_to_batch(cfg).TEST.EVAL_PERIOD) == (
+        1,
+        1,
+    )
 
 
 def test_layer_decay_and_parameters_without_weight_decay():
@@ -399,7 +415,7 @@ def test_changes_at_a_resumption(dataset, train, one_image, caplog):
     opts += [*changed, "SOLVER.OVERRIDE_ON_RESUME", True]
     rates = LearningRates()
     trainer = train("run", *opts, hooks=[rates], resume=True)
-    assert "SOLVER.BASE_LR 0.01, not 0.004" in caplog.text
+    assert re.search(r"SOLVER\.BASE_LR .* 0.01, not 0.004", caplog.text)
     groups = trainer.optimizer.param_groups
     assert {(group["weight_decay"], group["momentum"]) for group in groups} == {(0.5, 0.5)}
     assert rates.rates == pytest.approx([0.004, 0.0004])  # of iterations 4 and 5
@@ -437,6 +453,16 @@ def test_rare_classes_are_repeated(dataset, train):
         (["MODEL_EMA.DECAY", 1.0], r"MODEL_EMA\.DECAY must be in"),
         (["MODEL_EMA.WARMUP", -1], r"MODEL_EMA\.WARMUP"),
         (["MODEL_EMA.ENABLED", True, "TEST.PRECISE_BN.ENABLED", True], "PRECISE_BN"),
+        (
+            [
+                *["MODEL.GFL.DISTILL.TERMS", ["ld"], "MODEL.GFL.DISTILL.TEACHER_WEIGHTS", "a.pth"],
+                *["TEST.PRECISE_BN.ENABLED", True],
+            ],
+            "PRECISE_BN.ENABLED must be False with MODEL.GFL.DISTILL",
+        ),
+        (["SOLVER.MAX_ITER", 0], r"MAX_ITER must be a number of iterations, >= 1"),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], r"CHECKPOINT_PERIOD must be a number of iterations"),
+        (["TEST.BEST_CHECKPOINT_METRIC", "val/total_loss"], "of which more is better"),
         (["SOLVER.OPTIMIZER", "Adam"], r"SOLVER\.OPTIMIZER must be one of"),
         (["SOLVER.LAYER_DECAY", 0.0], "LAYER_DECAY"),
         (["SOLVER.AUTO_SCALE_LR", -8], "AUTO_SCALE_LR"),

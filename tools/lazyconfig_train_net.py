@@ -42,10 +42,12 @@ from gfl_d2.engine import (
     BFloat16Trainer,
     check_evaluators,
     check_output_folder,
+    claim_output_folder,
 )
 from gfl_d2.engine.ema import ModelAverager, share_buffers
 from gfl_d2.engine.hooks import FinalModelSaver
 from gfl_d2.engine.launch import hide_from_log
+from gfl_d2.engine.preemption import Preemption
 from gfl_d2.engine.solver import clip_all_gradients
 from gfl_d2.errors import InputError, first_line
 
@@ -53,6 +55,7 @@ logger = logging.getLogger("gfl_d2")
 
 # Whose keys nothing else would miss.
 _CHECKED = ("train", "datasets")
+_ABSENT = object()  # a value may be None
 
 
 def read_config(args) -> DictConfig:
@@ -68,7 +71,7 @@ def read_config(args) -> DictConfig:
     for option in args.opts:
         key, found, _ = option.partition("=")
         section = key.partition(".")[0]
-        is_known = OmegaConf.select(cfg, key, default=None) is not None
+        is_known = OmegaConf.select(cfg, key, default=_ABSENT) is not _ABSENT
         if not found or section not in cfg or (section in _CHECKED and not is_known):
             raise InputError(
                 f"'{option}' is not key=value with a key of the config, such as train.max_iter=10"
@@ -80,6 +83,8 @@ def read_config(args) -> DictConfig:
     if torch.device(cfg.train.device).type == "cuda" and not torch.cuda.is_available():
         logger.warning(f"train.device is {cfg.train.device!r}, but there is no GPU: using the CPU")
         cfg.train.device = "cpu"
+    if cfg.train.amp.enabled and cfg.train.device == "cpu":
+        raise InputError("train.amp.enabled is float16 for GPUs: train.bf16 works on a CPU too")
     return cfg
 
 
@@ -105,9 +110,16 @@ def describe_data(cfg: DictConfig) -> CfgNode:
 
 def check_data(data: CfgNode, eval_only: bool) -> None:
     """Raises InputError before anything is written."""
-    register_datasets(data, data.DATASETS.TEST if eval_only else None)
+    train, test = data.DATASETS.TRAIN, data.DATASETS.TEST
+    if len(test) > 1:
+        raise InputError(
+            f"dataloader.test.dataset.names must be one dataset, which is evaluated, got {test}"
+        )
+    register_datasets(data, test if eval_only else None)
+    if not (train or test):  # loaders of the user's own may need no dataset
+        return
     try:
-        check_datasets(data, eval_only=eval_only)
+        check_datasets(data, eval_only=eval_only or not train)
     except InputError as error:
         message = str(error).replace("MODEL.GFL.NUM_CLASSES", "model.head.num_classes")
         raise InputError(message) from None
@@ -140,6 +152,7 @@ def choose_step(cfg: DictConfig) -> type[SimpleTrainer]:
 
 
 def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
+    _lock = claim_output_folder(cfg.train.output_dir)  # until the training ends
     model = build_model(cfg)
     logger.info(f"Model:\n{model}")
     cfg.optimizer.params.model = model
@@ -154,7 +167,8 @@ def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
         evaluated = copy.deepcopy(model)
         before_saving = [ModelAverager(model, evaluated, ema.decay, ema.warmup)]
         averages = {"ema": evaluated}
-    names = MetadataCatalog.get(data.DATASETS.TRAIN[0]).get("thing_classes", [])
+    train = data.DATASETS.TRAIN
+    names = MetadataCatalog.get(train[0]).get("thing_classes", []) if train else []
     checkpointer = GFLCheckpointer(
         model,
         cfg.train.output_dir,
@@ -186,6 +200,7 @@ def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
             saver if comm.is_main_process() else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate),
             *main_only,
+            Preemption(checkpointer),
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import GFLCheckpointer
-from ..errors import InputError
+from ..errors import InputError, name_some
 from ..plain_data import load_torch
 
 __all__ = ["BestModelSaver", "EarlyStopping", "FinalModelSaver", "TrainingEnds"]
@@ -139,7 +139,12 @@ class EarlyStopping(HookBase):
         # The evaluation after the last iteration comes when the training has ended.
         if (iteration + 1) % self._period or iteration + 1 >= self.trainer.max_iter:
             return
-        value, seen = self.trainer.storage.latest().get(self._metric, (math.nan, -1))
+        latest = self.trainer.storage.latest()
+        value, seen = latest.get(self._metric, (math.nan, -1))
+        if seen != iteration and comm.is_main_process():
+            names = (name for name, (_, when) in latest.items() if when == iteration)
+            there = name_some(sorted(name for name in names if "/AP" in name), 20)
+            logger.warning(f"This evaluation gave no {self._metric!r}, but {there}")
         # Only the first process evaluates.
         value = comm.all_gather(value if seen == iteration else math.nan)[0]
         if value > self._best + self._min_delta:  # not so for NaN

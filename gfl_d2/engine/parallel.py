@@ -11,6 +11,9 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..modeling import GFL
 
 __all__ = ["ParallelTrainer"]
 
@@ -29,8 +32,9 @@ class ParallelTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
+        options = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        options["find_unused_parameters"] = _has_idle_features(model)
+        model = create_ddp_model(model, broadcast_buffers=False, **options)
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = step(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -39,3 +43,10 @@ class ParallelTrainer(DefaultTrainer):
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         self.register_hooks(self.build_hooks())
+
+
+def _has_idle_features(model: nn.Module) -> bool:
+    """Whether the backbone computes features that no head takes: their layers get no gradient."""
+    return isinstance(model, GFL) and not (
+        model.backbone.output_shape().keys() <= set(model.head_in_features)
+    )

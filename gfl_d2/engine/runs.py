@@ -117,12 +117,15 @@ def read_metrics(run: str | Path, name: str = "bbox/AP") -> dict[int, dict[str, 
     lines = (Path(run) / "metrics.json").read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            # A training that was killed may leave half a line, to which the next one appends.
-            record = json.loads(line[max(line.rfind("{"), 0) :])
+            record = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise
-            break
+            # A training that was killed may leave half a line, to which the next one appends.
+            try:
+                record = json.loads(line[line.rfind('{"') :])
+            except ValueError:
+                if number < len(lines):
+                    raise
+                break
         iteration = record["iteration"]
         # Within a training, records of an evaluation may come after those of later iterations;
         # those of the losses are in order.

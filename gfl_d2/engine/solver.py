@@ -18,11 +18,12 @@ __all__ = [
     "scale_to_batch",
 ]  # fmt: skip
 
-# What an optimizer keeps in its checkpoint, and the key it comes from.
+# What an optimizer keeps in its checkpoint, and the keys it comes from.
 _KEYS_OF_GROUPS = {
-    "initial_lr": "SOLVER.BASE_LR",
-    "weight_decay": "SOLVER.WEIGHT_DECAY",
+    "initial_lr": "SOLVER.BASE_LR (with LAYER_DECAY, BIAS_LR_FACTOR)",
+    "weight_decay": "SOLVER.WEIGHT_DECAY (or _NORM, _BIAS)",
     "momentum": "SOLVER.MOMENTUM",
+    "nesterov": "SOLVER.NESTEROV",
 }
 
 
@@ -39,6 +40,10 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     scaled.defrost()
     scaled.SOLVER.IMS_PER_BATCH = scaled.SOLVER.REFERENCE_WORLD_SIZE = reference
     scaled = DefaultTrainer.auto_scale_workers(scaled, batch)
+    for node, key in ((scaled.SOLVER, "CHECKPOINT_PERIOD"), (scaled.TEST, "EVAL_PERIOD")):
+        original = cfg.SOLVER if node is scaled.SOLVER else cfg.TEST
+        if original[key] > 0:  # 0 would be never
+            node[key] = max(node[key], 1)
     scaled.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
     scaled.SOLVER.AUTO_SCALE_LR = batch
     if cfg.is_frozen():
@@ -130,13 +135,12 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def describe_changes(configured: list[dict], loaded: list[dict]) -> str:
-    """What differs in the first group where it does, e.g. 'SOLVER.BASE_LR 0.01, not 0.1'."""
-    changes = {
-        name: f"{name} {there[key]:g}, not {here[key]:g}"
-        for here, there in reversed(list(zip(configured, loaded)))
-        for key, name in _KEYS_OF_GROUPS.items()
-        if key in here and key in there and here[key] != there[key]
-    }
+    """What differs in the first group where it does, e.g. 'SOLVER.MOMENTUM 0.9, not 0.8'."""
+    changes = {}
+    for here, there in zip(configured, loaded):
+        for key, name in _KEYS_OF_GROUPS.items():
+            if key in here and key in there and here[key] != there[key]:
+                changes.setdefault(name, f"{name} {there[key]:g}, not {here[key]:g}")
     return ", ".join(changes.values())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,7 +105,7 @@ class AccumulatingTrainer(SimpleTrainer):
         with (
             undivided_losses(self._criterion) as sums,
             preserved_random_state(),
-            EventStorage(),
+            EventStorage(get_event_storage().iter),
             torch.no_grad(),
             self._autocast(),
         ):

@@ -41,9 +41,8 @@ __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
-_TO_CHANGE = (
-    "to change it, set SOLVER.OVERRIDE_ON_RESUME True, or start a new training from the "
-    "checkpoint's weights (MODEL.WEIGHTS) with another OUTPUT_DIR"
+_START_ANEW = (
+    "start a new training from the checkpoint's weights (MODEL.WEIGHTS) with another OUTPUT_DIR"
 )
 
 
@@ -96,7 +95,6 @@ class Trainer(ParallelTrainer):
         self._trainer = step
 
     def build_hooks(self) -> list[HookBase]:
-        # In the place of Detectron2's, before the hook that saves is made with it.
         # A loader of the user's own may need no dataset.
         train = self.cfg.DATASETS.TRAIN
         class_names = MetadataCatalog.get(train[0]).get("thing_classes") if train else None
@@ -104,6 +102,7 @@ class Trainer(ParallelTrainer):
         # In evaluation, pictures and the best checkpoint this takes the place of the model.
         self._evaluated_model = copy.deepcopy(model) if cfg.MODEL_EMA.ENABLED else model
         averages = {"ema": self._evaluated_model} if cfg.MODEL_EMA.ENABLED else {}
+        # Detectron2 builds its hook that saves with this one then.
         self.checkpointer = GFLCheckpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -245,13 +244,24 @@ class Trainer(ParallelTrainer):
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
             return
+        steps, ours = dict(state_dict["_trainer"]), self._trainer.state_dict()
+        if "grad_scaler" in ours and "grad_scaler" not in steps:
+            logger.warning("The checkpoint is not of SOLVER.AMP: the scaler of losses starts anew.")
+            steps["grad_scaler"] = ours["grad_scaler"]
+        saved = steps["optimizer"]["param_groups"]
+        if ("betas" in saved[0]) != ("betas" in groups[0]):
+            raise InputError(
+                f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER} is not that of the checkpoint: keep "
+                f"it at --resume, or {_START_ANEW}"
+            )
         try:
-            self._trainer.load_state_dict(state_dict["_trainer"])
+            self._trainer.load_state_dict(steps)
         except ValueError as error:
             # Detectron2 groups parameters of the same learning rate and decay.
             raise InputError(
                 f"The checkpoint's optimizer does not fit: {error}. MODEL.BACKBONE.FREEZE_AT and "
-                f"the SOLVER.WEIGHT_DECAY keys must stay as they are at --resume; {_TO_CHANGE}"
+                "which of the SOLVER keys LAYER_DECAY, BIAS_LR_FACTOR and WEIGHT_DECAY_… are set "
+                f"must stay as they are at --resume: keep them, or {_START_ANEW}"
             ) from None
         changed = describe_changes(groups, self.optimizer.param_groups)
         overrides = self.cfg.SOLVER.OVERRIDE_ON_RESUME
@@ -260,7 +270,10 @@ class Trainer(ParallelTrainer):
         if changed and overrides:
             logger.warning(f"SOLVER.OVERRIDE_ON_RESUME: the checkpoint has {changed} as from now.")
         elif changed:
-            logger.warning(f"The checkpoint's values are used: {changed}; {_TO_CHANGE}.")
+            logger.warning(
+                f"The checkpoint's values are used: {changed}; to change it, set "
+                f"SOLVER.OVERRIDE_ON_RESUME True, or {_START_ANEW}."
+            )
 
 
 def _with_seed(cfg: CfgNode) -> CfgNode:

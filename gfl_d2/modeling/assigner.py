@@ -44,6 +44,9 @@ class ATSSAssigner(nn.Module):
     box and level.
     """
 
+    # Each box has the IoU that its positives exceed (Matches.iou_threshold).
+    gives_thresholds = True
+
     def __init__(self, topk: int = 9):
         """
         Args:

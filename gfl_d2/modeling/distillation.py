@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, distance_box_iou
 
 from ..errors import InputError
-from ..registry import DISTILLATION_REGISTRY
+from ..registry import ASSIGNER_REGISTRY, DISTILLATION_REGISTRY
 from .box_ops import distance_to_bbox
 from .box_representation import BoxRepresentation
 from .distributed import all_reduce_mean
@@ -30,6 +30,10 @@ __all__ = [
 _REFERENCE_IMAGES = 2
 # The valuable region of a box starts at this fraction of its ATSS threshold.
 _REGION_START = 0.25
+_NO_THRESHOLDS = (
+    "MODEL.GFL.DISTILL.TERMS 'ld_vlr' needs the thresholds of ATSS, which this MODEL.GFL.ASSIGNER "
+    "does not give: use 'atss', or leave the term out"
+)
 # Lower bound of a mean number of positives, which is 0 only where the loss is.
 _MIN_POSITIVES = 1e-6
 
@@ -43,7 +47,7 @@ class Comparison(NamedTuple):
     """
 
     student: Predictions
-    teacher: Predictions  # no gradient
+    teacher: Predictions  # no term has a gradient there
     levels: Levels
     samples: Samples  # of the student
     weights: Tensor  # (P,), of the samples in the box losses, 0 for what is not positive
@@ -125,6 +129,9 @@ class ValuableRegionDistillation(LocalizationDistillation):
     @classmethod
     def from_config(cls, cfg):
         _require_distributions(cfg, "ld_vlr")
+        assigner = ASSIGNER_REGISTRY.get(cfg.MODEL.GFL.ASSIGNER)
+        if not getattr(assigner, "gives_thresholds", False):
+            raise InputError(_NO_THRESHOLDS)
         distill = cfg.MODEL.GFL.DISTILL
         return cls(distill.VLR_WEIGHT, distill.LD_TEMPERATURE)
 
@@ -151,10 +158,7 @@ class ValuableRegionDistillation(LocalizationDistillation):
         """
         gt, threshold = samples.gt, samples.matches.iou_threshold
         if threshold is None:
-            raise InputError(
-                "MODEL.GFL.DISTILL.TERMS 'ld_vlr' needs the thresholds of ATSS, which this "
-                "MODEL.GFL.ASSIGNER does not give: use 'atss', or leave the term out"
-            )
+            raise InputError(_NO_THRESHOLDS)
         anchors = levels.anchors(level)
         diou = distance_box_iou(gt.boxes, anchors)  # (M, Hi * Wi)
         is_valuable = (diou >= _REGION_START * threshold[:, None]) & (diou < threshold[:, None])
@@ -177,6 +181,11 @@ class ClassDistillation(DistillationTerm):
 
     @classmethod
     def from_config(cls, cfg):
+        if cfg.MODEL.GFL.NUM_CLASSES == 1:
+            raise InputError(
+                "MODEL.GFL.DISTILL.TERMS 'kd' learns which class it is, of at least two, and "
+                "MODEL.GFL.NUM_CLASSES is 1: leave the term out"
+            )
         return cls(cfg.MODEL.GFL.DISTILL.KD_WEIGHT, cfg.MODEL.GFL.DISTILL.KD_TEMPERATURE)
 
     def losses(self, comparison):
@@ -219,14 +228,15 @@ class BridgingCrossTask(DistillationTerm):
                 [full_precision(flatten_map(torch.where(valid, x[i], 0))) for x in predictions[:2]]
                 for predictions in (comparison.student, comparison.teacher)
             )
-            target = teacher_logits.sigmoid()
+            target = teacher_logits.detach().sigmoid()
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
             difference = (target - logits.sigmoid()).abs()
             class_loss = class_loss + (difference * loss).sum()
 
             center = values.new_zeros(2)  # the loss is the same anywhere
             boxes, teacher_boxes = (
-                distance_to_bbox(center, comparison.box.decode(x)) for x in (values, teacher_values)
+                distance_to_bbox(center, comparison.box.decode(x))
+                for x in (values, teacher_values.detach())
             )
             weights = difference.detach().amax(dim=1)
             box_loss = box_loss + (weights * giou_loss(boxes, teacher_boxes)).sum()

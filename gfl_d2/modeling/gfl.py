@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
-from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import check_gfl_config
 from ..config_checks import require
+from ..errors import InputError, first_line
 from .assigner import build_assigner
 from .box_ops import distance_to_bbox
 from .calibration import ScoreCalibration, build_calibration
@@ -116,7 +117,7 @@ class GFL(DenseDetector):
         check_gfl_config(cfg)
         allowed = ">= 1 in a model (gfl_d2.data.resolve_num_classes puts the data's for 0)"
         require(cfg, "MODEL.GFL.NUM_CLASSES", cfg.MODEL.GFL.NUM_CLASSES >= 1, allowed)
-        backbone = build_backbone(cfg)
+        backbone = _build_backbone(cfg)
         feature_shapes = head_input_shapes(cfg, backbone)
         head = GFLHead(cfg, feature_shapes)
         return {
@@ -299,3 +300,22 @@ class GFL(DenseDetector):
             diagnostics = self.criterion.diagnostics(samples, num_images)
             for name, value in zip(diagnostics, torch.stack(list(diagnostics.values())).tolist()):
                 storage.put_scalar(f"gfl/{name}", value, smoothing_hint=False)
+
+
+def _build_backbone(cfg: CfgNode) -> Backbone:
+    """Detectron2 asserts what it needs of its keys. Errors of other people's builders stay."""
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in BACKBONE_REGISTRY:
+        raise InputError(f"MODEL.BACKBONE.NAME {name!r} is no registered backbone")
+    module = BACKBONE_REGISTRY.get(name).__module__
+    try:
+        return build_backbone(cfg)
+    except InputError:
+        raise
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        if module.partition(".")[0] not in ("gfl_d2", "detectron2"):
+            raise
+        raise InputError(
+            f"The keys of MODEL.BACKBONE.NAME {name!r} and its FPN do not fit together: "
+            f"{first_line(error)}"
+        ) from error

@@ -34,14 +34,15 @@ def quality_focal_loss(
         logits: shape (R, C).
         labels: shape (R,), int64 in [0, C]; C is background.
         quality: shape (R,), in [0, 1]: IoU of the predicted with the ground-truth box. Not used
-            where the label is background.
+            where the label is background. No gradient flows to it.
         beta: exponent of the modulating factor, 0 or >= 1. The factor takes part in the gradient.
     """
     logits = full_precision(logits)
     num_locations, num_classes = logits.shape
     # The column of the background class takes what is not used.
     target = logits.new_zeros(num_locations, num_classes + 1)
-    target = target.scatter_(1, labels[:, None], quality.to(logits)[:, None])[:, :num_classes]
+    quality = quality.detach().to(logits)
+    target = target.scatter_(1, labels[:, None], quality[:, None])[:, :num_classes]
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     loss = (target - logits.sigmoid()).abs().pow(beta) * loss
     return _reduce(loss, reduction)
@@ -92,11 +93,12 @@ def distillation_loss(
     (Zheng et al., CVPR 2022).
 
     Args:
-        logits, teacher_logits: shape (R, n + 1), or (R, C).
+        logits, teacher_logits: shape (R, n + 1), or (R, C). No gradient flows to the teacher's.
         temperature: T > 0.
     """
     log_probs, teacher = (
-        F.log_softmax(full_precision(x) / temperature, dim=-1) for x in (logits, teacher_logits)
+        F.log_softmax(full_precision(x) / temperature, dim=-1)
+        for x in (logits, teacher_logits.detach())
     )
     loss = F.kl_div(log_probs, teacher.to(log_probs), reduction="none", log_target=True)
     return _reduce(loss.mean(dim=-1) * temperature**2, reduction)
