@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -80,12 +81,12 @@ def make_predictor(args: argparse.Namespace) -> Predictor:
         )
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be 1 or more, not {args.batch_size}")
-    opts = list(args.opts)
-    for model in ("GFL", "RETINANET"):
-        opts += [f"MODEL.{model}.SCORE_THRESH_TEST", args.confidence_threshold]
-    if args.precision:
-        opts += ["TEST.PRECISION", args.precision]
-    cfg = find_config(args.config_file, opts)
+    opts = ["TEST.PRECISION", args.precision] if args.precision else []
+    cfg = find_config(args.config_file, [*opts, *args.opts]).clone()
+    cfg.defrost()
+    if not cfg.TEST.CALIBRATION:  # the model's threshold is for scores without it
+        for model in (cfg.MODEL.GFL, cfg.MODEL.RETINANET):
+            model.SCORE_THRESH_TEST = args.confidence_threshold
     if not cfg.MODEL.WEIGHTS:
         raise InputError("Give the weights: --opts MODEL.WEIGHTS and a file")
     return Predictor(cfg)
@@ -105,6 +106,9 @@ def run(args: argparse.Namespace) -> int:
     is_shown = not (args.output or files)
     if is_shown:
         check_can_show()
+    outputs = [os.path.realpath(path) for path in (args.output, *files) if path]
+    if len(set(outputs)) < len(outputs):
+        raise InputError("--output, --json and --csv must name different files")
     for path in files:
         check_file(path)
     with contextlib.ExitStack() as stack:
@@ -131,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
                 writers.append(stack.enter_context(output(path, predictor.metadata)))
         detected = detect(predictor, source, args.batch_size, is_live=args.webcam)
         progress = tqdm(detected, total=total, unit=" images", bar_format=_BAR)
-        problems = write_all(progress, writers, is_video=not args.input)
+        problems = write_all(progress, writers, args.confidence_threshold, not args.input)
     if problems:
         print("Not done:", *problems, sep="\n  ", file=sys.stderr)
     return 1 if problems else 0
@@ -151,10 +155,10 @@ def detect(
         yield name, image, result
 
 
-def write_all(detected: Iterable[tuple], writers: list, is_video: bool) -> list:
+def write_all(detected: Iterable[tuple], writers: list, threshold: float, is_video: bool) -> list:
     """
-    Write what was detected, until the end or until the user stops it. Returns the problems. One of
-    a video ends it.
+    Write what was detected with scores above ``threshold``, until the end or until the user stops
+    it. Returns the problems. One of a video ends it.
     """
     problems, name = [], None
     try:
@@ -163,6 +167,7 @@ def write_all(detected: Iterable[tuple], writers: list, is_video: bool) -> list:
                 if isinstance(result, InputError):
                     raise result
                 detections = result["instances"].to("cpu")
+                detections = detections[detections.scores > threshold]
                 for write in writers:
                     write(name, image, detections)
             except InputError as error:

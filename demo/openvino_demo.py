@@ -80,11 +80,19 @@ def main():
         detector = Detector(args.model)
     except Exception as error:  # OpenVINO has many
         sys.exit("Error: " + " ".join(str(error).split()))
-    names = detector.info["class_names"] or range(detector.info["num_classes"])
-    for path in args.images:
+    pictures = [os.path.join(args.output or "", os.path.basename(path)) for path in args.images]
+    taken = {os.path.realpath(path) for path in args.images}
+    for path in pictures if args.output else ():
+        if os.path.realpath(path) in taken or not cv2.haveImageWriter(path):
+            sys.exit(f"Error: {path} is one of the images, of two of them, or cannot be written")
+        taken.add(os.path.realpath(path))
+    names, status = detector.info["class_names"] or range(detector.info["num_classes"]), 0
+    for path, picture in zip(args.images, pictures):
         image = cv2.imread(path)
         if image is None:
-            sys.exit(f"Error: {path} is no image that OpenCV reads")
+            print(f"{path} is no image that OpenCV reads", file=sys.stderr)
+            status = 1
+            continue
         for box, score, label in zip(*detector(image)):
             if score >= args.threshold:
                 print(path, names[label], f"{score:.3f}", *(f"{side:.1f}" for side in box))
@@ -94,7 +102,8 @@ def main():
                 cv2.putText(image, text, place, 0, 0.5, (0, 0, 200))
         if args.output:
             os.makedirs(args.output, exist_ok=True)
-            cv2.imwrite(os.path.join(args.output, os.path.basename(path)), image)
+            cv2.imwrite(picture, image)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

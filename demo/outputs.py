@@ -47,6 +47,8 @@ def check_file(path: str) -> None:
         raise InputError(f"{path}: its folder cannot be made: {error}") from None
     if os.path.isdir(path):
         raise InputError(f"{path}: there is a folder of this name")
+    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise InputError(f"{path}: its folder cannot be written to")
 
 
 def pictures(plan: Mapping[str, str], metadata: Metadata) -> Write:

@@ -32,13 +32,18 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
     The bytes go into a hidden temporary file in the same folder, which has to exist. The file is
     renamed at the end, and removed after an error. A process that is killed leaves it behind: see
-    :func:`remove_unfinished`.
+    :func:`remove_unfinished`. Pipes and devices (``/dev/stdout``) are written to as
+    they are.
     """
+    encoding = None if "b" in mode else "utf-8"
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, encoding=encoding) as file:
+            yield file
+        return
     path = os.path.realpath(path)  # what a link names is replaced, not the link
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
-        encoding = None if "b" in mode else "utf-8"
         with open(temporary, mode.replace("w", "x"), encoding=encoding) as file:
             yield file
             file.flush()

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from PIL import Image
 
+from gfl_d2.calibration import Calibration, save_calibration
 from gfl_d2.checkpoint import describe_model, load_checkpoint_config
 from gfl_d2.deploy import Predictor
 from gfl_d2.results import load_results
@@ -145,6 +147,7 @@ def test_names_do_not_collide(tmp_path):
         (["--input", "photos", "--output", "x.mp4"], "x.mp4 is a video"),
         (["--input", "photos", "--json", "photos"], "photos: there is a folder of this name"),
         (["--input", "photos", "--csv", "film.avi/x.csv"], "film.avi/x.csv: its folder cannot"),
+        (["--input", "photos", "--json", "r", "--csv", "./r"], "must name different files"),
         (["--video-input", "gone.mp4", "--json", "r.json"], "Video gone.mp4 does not exist"),
         (["--video-input", "text.mp4", "--json", "r.json"], "text.mp4 cannot be opened by OpenCV"),
         (["--video-input", "film.avi", "--output", "film.avi"], "would replace film.avi"),
@@ -193,6 +196,32 @@ def test_precision_and_options_reach_the_model(monkeypatch, weights):
     assert predictor.cfg.TEST.PRECISION == "bfloat16"
     assert predictor.model.test_score_thresh == 0.3
     assert predictor.model.test_nms_class_agnostic
+
+
+def test_names_of_classes_are_those_of_the_checkpoint(weights):
+    """Many configs have COCO as their test set."""
+    cfg = load_checkpoint_config(weights).clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = ("coco_2017_val",)
+    assert Predictor(cfg).metadata.thing_classes == NAMES
+
+
+def test_with_a_calibration_the_threshold_is_for_its_scores(monkeypatch, weights, tmp_path):
+    save_calibration(tmp_path / "c.json", Calibration(NAMES, "set", {}))
+    given = ["--input", "x", "--confidence-threshold", "0.3", "--opts", "MODEL.WEIGHTS", weights]
+    monkeypatch.setattr(demo, "Predictor", lambda cfg: cfg)
+    cfgs = [
+        demo.make_predictor(demo.get_parser().parse_args([*given, "TEST.CALIBRATION", path]))
+        for path in ("", str(tmp_path / "c.json"))
+    ]
+    own = load_checkpoint_config(weights).MODEL.GFL.SCORE_THRESH_TEST
+    assert [cfg.MODEL.GFL.SCORE_THRESH_TEST for cfg in cfgs] == [0.3, own]
+    scores = torch.tensor([0.2, 0.3, 0.4])
+    instances = Instances((9, 9), scores=scores)
+    written = []
+    writer = lambda name, image, detections: written.append(detections.scores)  # noqa: E731
+    demo.write_all([("a", None, {"instances": instances})], [writer], 0.3, False)
+    assert torch.equal(written[0], scores[2:])
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def test_bfloat16_of_another_format_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent.onnx", "is no file that ends with .onnx, .xml, .ts, .pt2"),
-        ("model.pth", "is no file that ends with"),
+        ("absent.onnx", "absent.onnx does not exist"),
+        ("model.pth", "is no exported file: these end with .onnx, .xml, .ts, .pt2"),
         ("text.ts", "cannot be loaded as a file of tools/export_model.py: "),
     ],
 )

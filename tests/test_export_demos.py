@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -94,6 +95,7 @@ def test_same_detections(file_format, options, opts, tmp_path, pictures):
 def _check_refusals(demo, path, pictures):
     """Of what is no picture, and of a file without NMS; in one line."""
     for arguments, message in (
+        ((path, pictures[0], "--output", Path(pictures[0]).parent), "is one of the images"),
         ((path, path), "is no image that OpenCV reads"),
         ((pictures[0], pictures[0]), "Error: "),
         ((_without_nms(path), pictures[0]), "is no file of tools/export_model.py with NMS"),

@@ -1,3 +1,6 @@
+import os
+import subprocess
+
 import pytest
 import torch
 
@@ -34,6 +37,16 @@ def test_link_stays_a_link(tmp_path):
         file.write(b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == b"new"
+
+
+def test_pipes_and_devices_are_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        with atomic_write(pipe, "w") as file:
+            file.write("text")
+        assert reader.stdout.read() == b"text"
+    assert pipe.is_fifo()
 
 
 def test_mode_is_that_of_a_new_file(tmp_path):

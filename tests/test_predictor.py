@@ -187,6 +187,10 @@ def test_an_image_that_cannot_be_read(predictor, images, tmp_path):
         (np.zeros((0, 9, 3), np.uint8), r"not uint8 of shape \(0, 9, 3\)"),
         (Image.new("F", (9, 9)), "Cannot read a PIL image: it has 32 bits per pixel"),
         ([torch.zeros(9, 9, 3)], "a path, a PIL image or an array, not Tensor"),
+        (torch.zeros(9, 9, 3), "a path, a PIL image or an array, not Tensor"),
+        ({"image": 1}, "a path, a PIL image or an array, not dict"),
+        (None, "a path, a PIL image or an array, not NoneType"),
+        (np.zeros((2, 9000, 3), np.uint8), "An image of 9000x2 pixels cannot be resized"),
     ],
 )
 def test_what_is_no_image(predictor, image, message):

@@ -71,12 +71,12 @@ class Detector:
 
 def load(path: str, bf16: bool = False) -> ExportedModel:
     """Raises InputError if it is no exported file, or what runs it is not installed."""
-    if Path(path).suffix not in EXTENSIONS.values() or not Path(path).is_file():
-        raise InputError(f"{path} is no file that ends with {', '.join(EXTENSIONS.values())}")
     if bf16 and Path(path).suffix != EXTENSIONS["openvino"]:
         raise InputError(f"--bf16 is for OpenVINO's files, not for {path}")
     try:
         return load_exported(path, precision="bf16" if bf16 else "f32")
+    except InputError:
+        raise
     # Each format's package raises errors of its own.
     except Exception as error:
         raise InputError(

@@ -21,13 +21,14 @@ import matplotlib.pyplot as plt
 
 from gfl_d2.engine import read_metrics
 from gfl_d2.errors import InputError
+from gfl_d2.visualization import check_picture_path
 
 
 def plot(axes: plt.Axes, label: str, runs: list[str], name: str) -> None:
     """Mean and range over ``runs`` at the iterations that all of them have."""
     try:
         records = [read_metrics(run, name) for run in runs]
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise InputError(f"{label}: a metrics.json cannot be read: {error}") from None
     iterations = sorted(set.intersection(*map(set, records)))
     if not iterations:
@@ -49,6 +50,7 @@ def main() -> None:
     size = (4.2 * len(args.metrics), 3)
     figure, all_axes = plt.subplots(1, len(args.metrics), figsize=size, squeeze=False)
     try:
+        check_picture_path(args.output)
         for axes, name in zip(all_axes[0], args.metrics):
             for run in args.runs:
                 label, separator, folders = run.partition("=")

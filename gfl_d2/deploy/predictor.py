@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Union
 
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 ImageLike = Union[str, os.PathLike, Image.Image, np.ndarray]
 
+# What could be taken for several images.
+_NO_IMAGES = (Tensor, Mapping, bytes)
 _THREADS = 4
 _READ_AHEAD = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,15 +72,15 @@ class Predictor:
             InputError: the weights or ``TEST.CALIBRATION`` do not fit the model, or the checkpoint
                 carries no config.
         """
-        is_alone = not isinstance(cfg, CfgNode)
-        self.cfg = cfg = load_checkpoint_config(cfg) if is_alone else cfg.clone()
+        is_config = isinstance(cfg, CfgNode)
+        self.cfg = cfg = cfg.clone() if is_config else load_checkpoint_config(cfg)
         cfg.defrost()
         choose_device(cfg)
         model = build_model(cfg)
         checkpointer = GFLCheckpointer(model, complete=True, averaged=cfg.MODEL_EMA.ENABLED)
         checkpoint = checkpointer.load(cfg.MODEL.WEIGHTS)
         self.model = prepare_for_inference(cfg, model)
-        self.metadata = _find_metadata(cfg, checkpoint.get("class_names"), is_alone)
+        self.metadata = _find_metadata(cfg, checkpoint.get("class_names"))
         check_calibration(cfg, self.metadata.get("thing_classes"), "the model")
         input_cfg = input_config(cfg)
         resize = build_augmentation(input_cfg, is_train=False)
@@ -119,7 +121,8 @@ class Predictor:
                 "batch_size must be 1 or more and errors 'raise' or 'return', not "
                 f"{batch_size!r} and {errors!r}"
             )
-        if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)):
+        is_iterable = isinstance(images, Iterable) and not isinstance(images, _NO_IMAGES)
+        if isinstance(images, (str, os.PathLike, np.ndarray, Image.Image)) or not is_iterable:
             return self._check(self._run([self._read(images)])[0], errors)
         results = self._detect(images, batch_size, errors)
         return list(results) if isinstance(images, (list, tuple)) else results
@@ -174,7 +177,11 @@ class Predictor:
             return error
         height, width = array.shape[:2]
         resized = AugInput(array)
-        self.aug(resized)
+        try:
+            self.aug(resized)
+        except ValueError as error:  # Pillow's, of a side of 0 pixels
+            name = image if isinstance(image, (str, os.PathLike)) else "An image"
+            return InputError(f"{name} of {width}x{height} pixels cannot be resized: {error}")
         pixels = np.array(resized.image.transpose(2, 0, 1), order="C")  # a copy: it can be written
         return {"image": torch.from_numpy(pixels), "height": height, "width": width}
 
@@ -183,14 +190,13 @@ def _input_size(item: dict | InputError) -> torch.Size | None:
     return None if isinstance(item, InputError) else item["image"].shape
 
 
-def _find_metadata(cfg: CfgNode, names: list[str] | None, is_alone: bool) -> Metadata:
+def _find_metadata(cfg: CfgNode, names: list[str] | None) -> Metadata:
     """
-    The catalog's, unless it lacks the names of the classes that the checkpoint has. A data set may
-    be another here than where a model was trained that comes without a config (``is_alone``).
+    The catalog's, unless the checkpoint has other names of classes. What a dataset is called may
+    be another one here than where the model was trained, such as COCO of many configs.
     """
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
-    known = metadata.get("thing_classes")
-    if names and (known is None or (is_alone and list(known) != names)):
+    if names and list(metadata.get("thing_classes", ())) != names:
         return Metadata(name=cfg.MODEL.WEIGHTS, thing_classes=names)
     return metadata
 

@@ -169,7 +169,7 @@ def _batches(pictures: Sequence[np.ndarray], info: dict) -> list[list[np.ndarray
         batches += [[x] for x in resized]
         # The next picture beside each, or a part of itself.
         batches += [
-            [x, resized[i + 1] if i + 1 < len(resized) else x[: -(len(x) // 8)]]
+            [x, resized[i + 1] if i + 1 < len(resized) else x[: len(x) - len(x) // 8]]
             for i, x in enumerate(resized)
         ]
     return batches

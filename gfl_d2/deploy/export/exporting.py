@@ -74,17 +74,24 @@ def export_model(
             yield make_batch(resize_pictures([picture], info), info)
 
     # In the folder of the output, so that moving the files there is one step.
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+    with _temporary_folder(output.parent) as folder:
         path = Path(folder) / output.name
         _write(model, path, options, info, calibrate())
         check = check_export(load_exported(path), model, pictures, *_TOLERANCES[options.precision])
         if check.unmatched and not options.int8:
             raise InputError(f"{output} is not written, since its detections differ: {check}")
         # The weights of OpenVINO before the file that needs them.
-        for name in sorted(os.listdir(folder)):
-            if name.startswith(output.stem):
+        for name in (output.with_suffix(".bin").name, output.name):
+            if (Path(folder) / name).exists():
                 os.replace(Path(folder) / name, output.parent / name)
     return check
+
+
+def _temporary_folder(parent: Path) -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(prefix=".export-", dir=parent)
+    except OSError as error:
+        raise InputError(f"Folder {parent} cannot be written to: {error.strerror}") from None
 
 
 def describe(

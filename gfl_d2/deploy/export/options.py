@@ -51,6 +51,8 @@ def check_options(options: ExportOptions, output: Path) -> None:
         )
     if not output.parent.is_dir():
         raise InputError(f"Folder {output.parent} for the output does not exist: make it first")
+    if output.is_dir():
+        raise InputError(f"{output}: there is a folder of this name")
     if options.half and options.int8:
         raise InputError("--half and --int8 exclude each other: choose one")
     if options.int8 and options.format not in ("onnx", "openvino"):
@@ -72,7 +74,7 @@ def _check_packages(options: ExportOptions) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"Export as {options.format} needs {', '.join(missing)}: pip install 'gfl_d2[{extra}]'"
+            f"Export as {options.format} needs {', '.join(missing)}: pip install -e '.[{extra}]'"
         )
 
 

@@ -10,6 +10,8 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
+from ...errors import InputError
+
 __all__ = ["METADATA_KEY", "ExportedModel", "load_exported"]
 
 METADATA_KEY = "gfl_d2"
@@ -49,14 +51,22 @@ def load_exported(
     Args:
         threads: for ONNX Runtime and OpenVINO; 0 for their own choice. PyTorch has its own.
         precision: of OpenVINO, "f32" or "bf16", which needs a processor that has it.
+
+    Raises:
+        InputError: there is no such file, or its extension is that of no export.
     """
     path = os.fspath(path)
-    return {
+    loaders = {
         ".onnx": _load_onnx,
         ".xml": _load_openvino,
         ".ts": _load_torchscript,
         ".pt2": _load_torch_export,
-    }[Path(path).suffix](path, threads, precision)
+    }
+    if Path(path).suffix not in loaders:
+        raise InputError(f"{path} is no exported file: these end with {', '.join(loaders)}")
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist")
+    return loaders[Path(path).suffix](path, threads, precision)
 
 
 def _load_onnx(path: str, threads: int, precision: str) -> ExportedModel:
