@@ -249,7 +249,7 @@ def test_refused_deformable_convolutions(file_format, opset, message, tmp_path, 
 
 def test_a_missing_package_is_named(tmp_path, picture, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"nncf: pip install 'gfl_d2\[openvino\]'"):
+    with pytest.raises(InputError, match=r"nncf: pip install -e '\.\[openvino\]'"):
         export(make_config(tmp_path), tmp_path, picture, format="openvino", int8=str(tmp_path))
 
 
