@@ -359,11 +359,9 @@ def test_scaled_schedule():
     # What happens in every iteration goes on happening.
     often = ["SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1]
     cfg = load_config(CONFIG, [*opts[:2], "SOLVER.AUTO_SCALE_LR", 2, *often])
-    assert scale_to_batch(cfg).SOLVER.MAX_ITER == 300
-    assert (scale_to_batch(cfg).SOLVER.CHECKPOINT_PERIOD, scale_to_batch(cfg).TEST.EVAL_PERIOD) == (
-        1,
-        1,
-    )
+    scaled = scale_to_batch(cfg)
+    assert scaled.SOLVER.MAX_ITER == 300
+    assert (scaled.SOLVER.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (1, 1)
 
 
 def test_layer_decay_and_parameters_without_weight_decay():

@@ -40,10 +40,9 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     scaled.defrost()
     scaled.SOLVER.IMS_PER_BATCH = scaled.SOLVER.REFERENCE_WORLD_SIZE = reference
     scaled = DefaultTrainer.auto_scale_workers(scaled, batch)
-    for node, key in ((scaled.SOLVER, "CHECKPOINT_PERIOD"), (scaled.TEST, "EVAL_PERIOD")):
-        original = cfg.SOLVER if node is scaled.SOLVER else cfg.TEST
-        if original[key] > 0:  # 0 would be never
-            node[key] = max(node[key], 1)
+    for node, key in (("SOLVER", "CHECKPOINT_PERIOD"), ("TEST", "EVAL_PERIOD")):
+        if cfg[node][key] > 0:  # rounded to 0 it would be never
+            scaled[node][key] = max(scaled[node][key], 1)
     scaled.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
     scaled.SOLVER.AUTO_SCALE_LR = batch
     if cfg.is_frozen():
