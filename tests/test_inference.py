@@ -312,14 +312,15 @@ def test_predictor_of_a_checkpoint_alone(tmp_path, clean_catalogs, kind):
 
 
 def test_names_of_the_classes(tmp_path, clean_catalogs):
-    """The catalog's go with a config, the file's with the file alone; the catalog is unchanged."""
+    """The checkpoint's, whatever the catalog calls them; the catalog is unchanged."""
     path = tmp_path / "model_final.pth"
     cfg = save_described(path, "DATASETS.TEST", "('toy',)")
     assert Predictor(cfg).metadata.thing_classes == ["cat", "dog"]
     assert MetadataCatalog.get("toy").get("thing_classes") is None
     MetadataCatalog.get("toy").thing_classes = ["Katze", "Hund"]
-    assert Predictor(cfg).metadata is MetadataCatalog.get("toy")
+    assert Predictor(cfg).metadata.thing_classes == ["cat", "dog"]
     assert Predictor(path).metadata.thing_classes == ["cat", "dog"]
+    assert MetadataCatalog.get("toy").thing_classes == ["Katze", "Hund"]
 
     same = save_described(path, "DATASETS.TEST", "('toy',)", names=("Katze", "Hund"))
     assert Predictor(path).metadata is MetadataCatalog.get("toy")
