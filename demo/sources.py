@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import mimetypes
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,12 @@ def name_files(files: Sequence[str]) -> list[str]:
     return [Path(os.path.relpath(path, common)).as_posix() for path in paths]
 
 
+def is_video(path: str) -> bool:
+    """Whether the name of a file says that it is a video."""
+    extension = os.path.splitext(path)[1].lower()
+    return extension in VIDEO_CODECS or str(mimetypes.guess_type(path)[0]).startswith("video/")
+
+
 def plan_pictures(output: str, files: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """
     The picture to write for each name: ``output`` itself, or one in this folder. Where OpenCV does
@@ -73,7 +80,7 @@ def plan_pictures(output: str, files: Sequence[str], names: Sequence[str]) -> di
     Raises:
         InputError: a picture cannot be written, or would replace an image.
     """
-    if os.path.splitext(output)[1].lower() in VIDEO_CODECS:
+    if is_video(output):
         raise InputError(f"--output {output} is a video, but the input is images")
     if cv2.haveImageWriter(output) and not os.path.isdir(output):
         if len(files) > 1:
@@ -102,8 +109,10 @@ def plan_video(output: str, source: str) -> str:
     if cv2.haveImageWriter(output) and not os.path.isdir(output):
         raise InputError(f"--output {output} is a picture, but the input is a video")
     path = output
-    if os.path.splitext(output)[1].lower() not in VIDEO_CODECS or os.path.isdir(output):
+    if not is_video(output) or os.path.isdir(output):
         path = os.path.join(output, f"{Path(source).stem}.mp4")
+    elif os.path.splitext(output)[1].lower() not in VIDEO_CODECS:
+        raise InputError(f"--output {output}: name a video of {', '.join(VIDEO_CODECS)}")
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     except OSError as error:

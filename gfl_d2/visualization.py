@@ -15,6 +15,8 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from .results import load_results
 
 __all__ = [
     "check_picture_path", "draw_annotations", "draw_comparison", "draw_detections", "draw_results",
-    "read_images", "save_picture", "stack_columns", "stack_rows",
+    "read_images", "save_picture", "save_plot", "stack_columns", "stack_rows",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -119,15 +121,23 @@ def read_images(records: Iterable[dict], count: int) -> Iterator[tuple[dict, np.
         logger.warning(f"Left out: {message}")
 
 
-def check_picture_path(path: str | Path) -> None:
+def check_picture_path(path: str | Path, is_plot: bool = False) -> None:
     """
     Check, before long work, that a picture can be written; its folder is made if needed.
 
+    Args:
+        path: the picture.
+        is_plot: whether Matplotlib writes it, which knows ``.pdf`` and ``.svg`` too.
+
     Raises:
-        InputError: OpenCV does not know the path's ending, or there can be no such file.
+        InputError: no format has the path's ending, or there can be no such file.
     """
     path = Path(path)
-    if not cv2.haveImageWriter(path.name):
+    if is_plot:
+        is_known = path.suffix[1:].lower() in FigureCanvasBase.get_supported_filetypes()
+    else:
+        is_known = cv2.haveImageWriter(path.name)
+    if not is_known:
         raise InputError(f"Picture '{path}': its ending names no format, as .png and .jpg do")
     if path.is_dir():
         raise InputError(f"Picture '{path}': there is a folder of this name")
@@ -135,6 +145,20 @@ def check_picture_path(path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"Picture '{path}': its folder cannot be made: {error}") from None
+
+
+def save_plot(path: str | Path, figure: Figure, dpi: int) -> None:
+    """
+    Write a figure of Matplotlib. The path's ending says in which format.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    check_picture_path(path, is_plot=True)
+    try:
+        figure.savefig(path, dpi=dpi)
+    except OSError as error:
+        raise InputError(f"Picture '{path}' cannot be written: {error}") from None
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:

@@ -225,7 +225,8 @@ def test_tool(trained, dataset, monkeypatch, capsys):
     folder = trained.parent
     image = "7" if dataset else folder / "1.png"
     outputs = ("--output", folder / "x.png", "--html", folder / "x.html")
-    run(visualize, monkeypatch, trained, "--input", image, *dataset, *outputs)
+    views = ("TEST.AUG.ENABLED", "True")  # has no influence
+    run(visualize, monkeypatch, trained, "--input", image, *dataset, *outputs, *views)
     assert cv2.imread(str(folder / "x.png")).shape[0] > 500
     data = read_data((folder / "x.html").read_text(encoding="utf-8"))
     assert data["truth"] == ([[5.0, 5.0, 35.0, 35.0]] if dataset else [])
@@ -252,3 +253,5 @@ def test_measuring_tool(trained, monkeypatch):
     """One image does not have enough boxes to measure."""
     with pytest.raises(SystemExit, match="Error: Fewer than 20 detections match a box"):
         run(measure, monkeypatch, trained, "--output", trained.parent / "x.png")
+    with pytest.raises(SystemExit, match=r"Error: Picture 'x\.bmp': its ending names no format"):
+        run(measure, monkeypatch, trained, "--output", "x.bmp")

@@ -254,7 +254,8 @@ def test_overfit_takes_images_with_boxes(tmp_path, caplog):
     assert [image["id"] for image in subset["images"]] == [8, 9]
 
 
-def test_plot_metrics(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plot_metrics(tmp_path, monkeypatch, ending):
     runs = []
     for seed in range(2):
         run = tmp_path / str(seed)
@@ -266,10 +267,13 @@ def test_plot_metrics(tmp_path, monkeypatch):
     metrics = read_metrics(tmp_path / "0")
     assert {i: record["bbox/AP"] for i, record in metrics.items()} == {i + 1: i for i in range(5)}
 
-    output = tmp_path / "curves.png"
+    output = tmp_path / f"curves.{ending}"
     monkeypatch.setattr("sys.argv", ["plot", f"GFL={','.join(runs)}", "--output", str(output)])
     plot_metrics.main()
-    assert cv2.imread(str(output)).shape[1] > 500
+    if ending == "png":
+        assert cv2.imread(str(output)).shape[1] > 500
+    else:
+        assert "<svg" in output.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

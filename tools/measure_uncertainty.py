@@ -28,7 +28,7 @@ from gfl_d2.distributions import ground_truth
 from gfl_d2.distributions.measures import collect_errors, plot_errors, summarize
 from gfl_d2.engine.runs import parse_arguments
 from gfl_d2.errors import InputError
-from gfl_d2.visualization import check_picture_path
+from gfl_d2.visualization import check_picture_path, save_plot
 
 
 def main() -> None:
@@ -40,14 +40,14 @@ def main() -> None:
     args = parse_arguments(parser)
     opts = [*args.opts, "TEST.UNCERTAINTY", "True", "MODEL.WEIGHTS", args.weights]
     try:
-        check_picture_path(args.output)
+        check_picture_path(args.output, is_plot=True)
         cfg = find_config(args.config_file, opts)
         if not cfg.DATASETS.TEST:
             raise InputError("DATASETS.TEST names no dataset")
         errors = collect_errors(detect_all(cfg, args.weights, args.confidence_threshold))
         for name, value in summarize(errors).items():
             print(f"{name:45} {value:.4g}")
-        plot_errors(errors, cfg.DATASETS.TEST[0]).savefig(args.output, dpi=70)
+        save_plot(args.output, plot_errors(errors, cfg.DATASETS.TEST[0]), dpi=70)
     except InputError as error:
         sys.exit(f"Error: {error}")
 

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 from gfl_d2.engine import read_metrics
 from gfl_d2.errors import InputError
-from gfl_d2.visualization import check_picture_path
+from gfl_d2.visualization import check_picture_path, save_plot
 
 
 def plot(axes: plt.Axes, label: str, runs: list[str], name: str) -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     size = (4.2 * len(args.metrics), 3)
     figure, all_axes = plt.subplots(1, len(args.metrics), figsize=size, squeeze=False)
     try:
-        check_picture_path(args.output)
+        check_picture_path(args.output, is_plot=True)
         for axes, name in zip(all_axes[0], args.metrics):
             for run in args.runs:
                 label, separator, folders = run.partition("=")
@@ -59,11 +59,11 @@ def main() -> None:
                 plot(axes, label, folders.split(","), name)
             axes.set(xlabel="iteration", title=name)
             axes.grid(alpha=0.3)
+        all_axes[0][0].legend()
+        figure.tight_layout()
+        save_plot(args.output, figure, dpi=110)
     except InputError as error:
         sys.exit(f"Error: {error}")
-    all_axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(args.output, dpi=110)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
         check_picture_path(args.output)
     if args.html and not Path(args.html).parent.is_dir():
         raise InputError(f"--html {args.html}: its folder does not exist")
-    cfg = find_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", args.weights])
+    one_view = ["TEST.AUG.ENABLED", False, "TEST.TILES.SIZE", 0]  # boxes of several are merged
+    opts = [*args.opts, "MODEL.WEIGHTS", args.weights, *one_view]
+    cfg = find_config(args.config_file, opts)
     record = find_record(cfg, args.dataset, args.input)
     image = read_image(record["file_name"], format="RGB")
     inputs = GFLDatasetMapper(cfg, is_train=False)(record)
