@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,16 @@ TORCHRUN = {
 def of_no_launcher(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
+
+
+JOIN = f"""
+import sys
+from gfl_d2.engine.launch import joined
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_launch import end, find
+with joined(find(), "cpu"):
+    end(sys.argv[1])
+"""
 
 
 def find(*options) -> Processes:
@@ -144,3 +157,24 @@ def test_a_signal_goes_on_to_the_processes():
         launch(end, ("terminated",), Processes(2), "cpu", "")
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("mistake", "InputError: photo.png is damaged"),
+        ("bug", "KeyError: 'of the second process'"),
+        ("killed", "Signal 9 (SIGKILL) received"),
+    ],
+)
+def test_torchrun_ends_the_others(tmp_path, how, message):
+    script = tmp_path / "script.py"
+    script.write_text(JOIN)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, how]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert found.returncode != 0
+    assert message in found.stderr
