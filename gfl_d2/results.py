@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def find_results(path: str | Path, dataset: str) -> Path:
 
 
 def load_results(
-    path: str | Path, dataset: str, images: Container, categories: Container
+    path: str | Path, dataset: str, images: Collection, categories: Collection
 ) -> dict[Any, list[dict]]:
     """
     Read detections in COCO's result format.
@@ -67,7 +67,7 @@ def load_results(
     """
     path = Path(path)
     try:
-        results = json.loads(path.read_text(encoding="utf-8-sig"))
+        results = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(results, list):
@@ -81,9 +81,12 @@ def load_results(
     for key, known in {"image_id": images, "category_id": categories}.items():
         unknown = dict.fromkeys(r[key] for r in results if r[key] not in known)
         if unknown:
+            reason = "they are of another dataset"
+            if set(map(str, unknown)) <= set(map(str, known)):
+                reason = f"write them as there, such as {next(iter(known))!r}"
             raise InputError(
                 f"{path} has detections with {key} {name_some(map(repr, unknown))}, which dataset "
-                f"'{dataset}' does not have: they are of another dataset"
+                f"'{dataset}' does not have: {reason}"
             )
     by_image = collections.defaultdict(list)
     for result in results:

@@ -138,7 +138,7 @@ def image_samples() -> list[bytes]:
         *(("TIFF", "RGB", {"compression": way}) for way in ("tiff_lzw", "jpeg", "packbits")),
         *(("GIF", "P", {}), ("GIF", "RGB", {"save_all": True, "append_images": [picture] * 2})),
         *(("WEBP", "RGB", {}), ("WEBP", "RGB", {"save_all": True, "append_images": [picture]})),
-        *((format, "RGB", {}) for format in ("BMP", "PPM", "JPEG2000", "TGA", "ICO", "PCX")),
+        *((format, "RGB", {}) for format in ("BMP", "PPM", "JPEG2000", "TGA", "ICO", "PCX", "EPS")),
     ]
     samples = []
     for format, mode, options in ways:

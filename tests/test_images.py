@@ -179,10 +179,21 @@ def test_16_bits_are_read_as_opencv_reads_them(tmp_path, suffix, format):
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_32_bits_are_refused(tmp_path, mode):
     Image.new(mode, (30, 20)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif: it has 32 bits per pixel: save it with 8 or 16"):
+    with pytest.raises(InputError, match=r"a\.tif: it has 32 bits per pixel, or signed ones: save"):
         read_image(str(tmp_path / "a.tif"), "BGR")
 
 
 def test_other_images_are_read_as_detectron2_reads_them(tmp_path):
     turned(tmp_path / "turned.jpg")
     assert read_image(str(tmp_path / "turned.jpg"), "BGR").shape == (30, 20, 3)
+
+
+def test_no_cache(tmp_path, monkeypatch, caplog):
+    """Headers are read without one."""
+    cache = tmp_path / "cache"
+    cache.write_text("no folder")
+    monkeypatch.setenv("FVCORE_CACHE", str(cache))
+    Image.new("RGB", (9, 7)).save(tmp_path / "a.png")
+    (header,) = read_headers(str(tmp_path), [str(tmp_path / "a.png")])
+    assert header[:2] == (9, 7)
+    assert "The headers of images cannot be kept: " in caplog.text

@@ -120,7 +120,8 @@ BAD_BOXES = {
     "missing": ABSENT, "null": None, "dict": {"x": 8, "y": 18, "w": 30, "h": 24}, "empty": [],
     "three": [8, 18, 30], "five": [8, 18, 30, 24, 0.9], "nested": [[8, 18, 30, 24]],
     "nan": [NAN, 18, 30, 24], "infinite": [8, 18, INFINITY, 24], "huge": [8, 18, HUGE, 24],
-    "texts": ["8", "18", "30", "24"], "nulls": [None, 18, 30, 24], "lists": [[8], 18, 30, 24],
+    "overflow": [8, 18, 1e300, 1e300], "texts": ["8", "18", "30", "24"],
+    "nulls": [None, 18, 30, 24], "lists": [[8], 18, 30, 24],
     "negative_width": [38, 18, -30, 24], "negative_height": [8, 42, 30, -24], "text": "8 18 30 24",
 }  # fmt: skip
 add_values("bbox", BAD_BOXES, Refused(r"(annotation 5 |id 5\)).*bbox"), FIFTH)
@@ -128,12 +129,13 @@ add_values("bbox", {"all_texts": [*"1234"]}, Refused("annotation 1 .*bbox.*8 of 
 add_values("bbox", {"all_outside": [960, 640, 30, 24]}, Refused("none of its 8 boxes.*pixels"))
 EMPTY_BOXES = {
     "no_width": [8, 18, 0, 24], "no_height": [8, 18, 30, 0], "point": [8, 18, 0, 0],
+    "residue": [8, 18, 30, 5.7e-14], "negative_residue": [8, 18, -1e-14, 24],
     "right": [WIDTH, 18, 30, 24], "below": [8, HEIGHT + 5, 30, 24], "left": [-30, 18, 30, 24],
 }  # fmt: skip
 for case, box in EMPTY_BOXES.items():
     # Its area is not that of the box any more, unless the box has the same.
     change = both(put("annotations", "bbox", box, FIFTH), put("annotations", "area", 720, FIFTH))
-    notes = {"without area in": 1, **({"'area'": 1} if 0 in box[2:] else {})}
+    notes = {"without area in": 1, **({"'area'": 1} if min(box[2:]) < 1 else {})}
     add("bbox", f"bbox_{case}", change, Reads(left_out=FIFTH, notes=notes))
 GOOD_BOXES = {
     "fractions": [8.25, 18.5, 30, 24], "floats": [8.0, 18.0, 30.0, 24.0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 
 import cv2
@@ -99,6 +100,17 @@ for suffix in (".jpg", ".png", ".tif", ".webp"):
     add("pixels", f"exif_upright_sizes_{suffix[1:]}", lying, Reads())
 add("pixels", "zero_bytes", spoil(3, lambda content: b""), Refused(r"1 of the 4 images.*4\.png"))
 add("pixels", "no_image", spoil(3, lambda content: b"<html>"), Refused(r"4\.png.*not an image"))
+OTHER_FILES = {
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 64\n", "PostScript"),
+    "heic": (b"\0\0\0\x18ftypheic", "HEIC"),
+    "tif_of_a_kind": (b"II*\0\x08\0\0\0\0\0", "TIFF file of a kind"),
+}
+for case, (content, pattern) in OTHER_FILES.items():
+    change = spoil(3, lambda _, content=content: content)
+    add("pixels", case, change, Refused(rf"1 of the 4 images.*4\.png.*{pattern}"))
+for suffix in (".png", ".webp"):
+    change = recode(suffix, lambda image: image, exif=b"Exif\0\0garbage!")
+    add("pixels", f"exif_damaged_{suffix[1:]}", change, Reads())
 placeholder = spoil(3, lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:1")
 add("pixels", "git_lfs", placeholder, Refused(r"4\.png.*git lfs pull"))
 add(
@@ -158,6 +170,8 @@ collision = in_turn("images", "file_name", ["/a/x/1.png", "/a/y/1.png", "3.png",
 add("file name", "name_tails_collide", collision, missing(2, r"/a/x/1\.png.*/a/y/1\.png"))
 collision = in_turn("images", "file_name", ["1.png", "/a/y/1.png", "3.png", "4.png"])
 add("file name", "name_tail_is_another", collision, missing(1, r"/a/y/1\.png"))
+collision = in_turn("images", "file_name", ["./1.png", "/a/y/1.png", "3.png", "4.png"])
+add("file name", "name_tail_is_another_way", collision, missing(1, r"/a/y/1\.png"))
 newline = put("images", "file_name", lambda image: image["file_name"] + "\n", (2,))
 add("file name", "name_newline", newline, missing(1, r"3\.\w+\\n"))
 for case, value in {"missing": ABSENT, "null": None, "empty": "", "number": 1, "list": []}.items():
@@ -185,6 +199,9 @@ IMAGE_IDS = {
     "huge": ([10**18 + i for i in range(4)], [10**18 + i for i in range(4)], {}),
     "text_here": ([*"1234"], [1, 2, 3, 4], {"image_id": 8}),
     "text_there": ([1, 2, 3, 4], [*"1234"], {"image_id": 8}),
+    "padded_here": (["01", "02", "03", "04"], [1, 2, 3, 4], {"image_id": 8}),
+    "padded_there": ([1, 2, 3, 4], ["01", "02", "03", "04"], {"image_id": 8}),
+    "text_float_there": ([1, 2, 3, 4], ["1.0", "2.0", "3.0", " 4"], {"image_id": 8}),
     "mixed": ([1, "b", 3.0, "4"], [1, "b", 3.0, "4"], None),
     "mixed_same_text": ([1, "1", 3, "3"], [1, "1", 3, "3"], None),
     "mixed_fractions": ([0.5, 1, "1.5", 2.5], [0.5, 1, "1.5", 2.5], None),
@@ -293,12 +310,15 @@ for case, encoding in ENCODINGS.items():
     add("file", f"file_{case}", change, Reads(notes={"encoding": 1}))
 cut = lambda data: data.write_bytes(data.to_text().encode()[:-9])  # noqa: E731
 add("file", "file_truncated", cut, Refused("JSON"))
+again = lambda data: data.write_bytes(data.to_text().encode()[:-1] + b', "annotations": []}')  # noqa: E731
+add("file", "file_list_twice", again, Refused("'annotations' 2 times: join them"))
 NO_FILES = {
     "empty": (b"", "JSON: it is empty"),
     "blank": (b" \n", "JSON: it is empty"),
     "list": (b"[]", "COCO format"),
     "number": (b"1", "COCO format"),
     "latin": (b'{"images": "\xe9"}', "JSON.*UTF-8"),
+    "bz2": (bz2.compress(b"{}"), "JSON.*bunzip2"),
     "gzip": (gzip.compress(b"{}"), "JSON.*gunzip"),
     "git_lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "JSON.*git lfs pull"),
     "xml": (b"<annotation></annotation>", "JSON.*XML"),

@@ -115,16 +115,22 @@ def find_record(cfg: CfgNode, dataset: str | None, image: str) -> dict:
     The image in Detectron2's format.
 
     Raises:
-        InputError: the dataset does not have it.
+        InputError: the dataset does not have it, or several that it may be.
     """
     if not dataset:
         return {"file_name": image}
     register_datasets(cfg, [dataset], check_images=False)
     with loading([dataset]):
         records = DatasetCatalog.get(dataset)
-    for record in records:
-        if image in (str(record.get("image_id")), Path(record["file_name"]).name):
-            return record
+    by_id = [record for record in records if image == str(record.get("image_id"))]
+    name = "/" + Path(image).as_posix()
+    by_name = [r for r in records if ("/" + Path(r["file_name"]).as_posix()).endswith(name)]
+    found = by_id or by_name
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = name_some(record["file_name"] for record in found)
+        raise InputError(f"--input {image}: '{dataset}' has several such images: {some}")
     some = name_some(Path(record["file_name"]).name for record in records)
     raise InputError(f"--input {image}: '{dataset}' has no such image; it has {some}")
 

@@ -11,7 +11,9 @@ from detectron2.structures import BoxMode
 
 from ..errors import InputError, name_some
 
-__all__ = ["CocoData"]
+__all__ = ["MIN_SIDE", "CocoData"]
+
+MIN_SIDE = 1e-5  # pixels; less is what arithmetic left of 0. Detectron2 trains on no such box.
 
 
 @dataclasses.dataclass
@@ -87,7 +89,7 @@ class CocoData:
         """
         sizes = np.where(self.sizes > 0, self.sizes, np.inf)[self.image_indices]
         ends = np.minimum(self.boxes[:, :2] + self.boxes[:, 2:], sizes)
-        has_area = (ends > self.boxes[:, :2].clip(min=0)).all(axis=1)
+        has_area = (ends - self.boxes[:, :2].clip(min=0) > MIN_SIDE).all(axis=1)
         count = int((~has_area).sum())
         if count:
             first = int(np.argmin(has_area))

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import InputError, name_some
-from .coco_data import CocoData
-from .json_values import is_bbox, read_json, to_flag, to_number, to_scalar, to_size
+from .coco_data import MIN_SIDE, CocoData
+from .json_values import MAX_NUMBER, is_bbox, read_json, to_flag, to_number, to_scalar, to_size
 
 __all__ = ["read_annotations"]
 
@@ -191,15 +191,15 @@ class _Reader:
         kind = key[: -len("_id")]
         self.note(found.count(-1), f"annotations whose {key} is of another type", f"the {kind}'s")
         if -1 in found:
-            # An id may be a text here and a number there.
+            # An id may be a number here and a text there, with zeros before it.
             by_text = collections.defaultdict(list)
             for id, i in index.items():
-                by_text[str(id)].append(i)
+                by_text[str(to_number(id))].append(i)
             for i in (i for i, place in enumerate(found) if place < 0):
-                places = by_text.get(str(to_id(values[i])), ())
+                places = by_text.get(str(to_number(values[i])), ())
                 if len(places) != 1:
                     rest = (v for v, place in zip(values, found) if place < 0)
-                    count = sum(len(by_text.get(str(to_id(v)), ())) != 1 for v in rest)
+                    count = sum(len(by_text.get(str(to_number(v)), ())) != 1 for v in rest)
                     self.fail(
                         f"{self.name(items, i)} is of unknown {kind} {values[i]!r}; known: "
                         f"{name_some(index)}. Add the {kind}, or delete the annotation; {count} of "
@@ -220,12 +220,14 @@ class _Reader:
                 boxes = np.fromiter(itertools.chain.from_iterable(values), dtype=np.float64)
             except OverflowError:
                 boxes = np.array([np.nan])
-            if np.isfinite(boxes).all():
+            if (np.abs(boxes) < MAX_NUMBER).all():
                 boxes = boxes.reshape(-1, 4)
-                if (boxes[:, 2:] < 0).any():
-                    i = int((boxes[:, 2:] < 0).any(axis=1).argmax())
+                is_negative = boxes[:, 2:] < -MIN_SIDE
+                if is_negative.any():
+                    i = int(is_negative.any(axis=1).argmax())
                     where = f"{self.name(items, i)} has bbox {values[i]!r}"
                     self.fail(f"{where}, of negative width or height: {_REMEDY}")
+                boxes[:, 2:] = boxes[:, 2:].clip(min=0)
                 return boxes
         wrong = [i for i, value in enumerate(values) if not is_bbox(value)]
         where = f"{self.name(items, wrong[0])} has bbox {str(values[wrong[0]])[:60]}"

@@ -42,7 +42,14 @@ _REASONS = {
 }
 # Pillow raises SyntaxError for some kinds of damage in PNG files.
 READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-_PLACEHOLDER = b"version https://git-lfs"
+# What files begin with, after some bytes, that are no images to Pillow, and what they are.
+_BEGINNINGS = {
+    (0, b"version https://git-lfs"): "it is a placeholder of Git LFS: run 'git lfs pull'",
+    (4, b"ftyphei"): "it is in HEIC format: save it as JPEG or PNG",
+    (4, b"ftypmif1"): "it is in HEIC format: save it as JPEG or PNG",
+    (0, b"II*\0"): "it is a TIFF file of a kind that Pillow does not know: save it with 8 bits",
+    (0, b"MM\0*"): "it is a TIFF file of a kind that Pillow does not know: save it with 8 bits",
+}
 _BATCH = 256
 
 
@@ -56,7 +63,10 @@ class ImageHeader(NamedTuple):
 
 
 def cache_folder(name: str) -> str:
-    """A folder for what can be made anew, under iopath's (``$FVCORE_CACHE``)."""
+    """
+    A folder for what can be made anew, under iopath's (``$FVCORE_CACHE``). OSError if it cannot be
+    made.
+    """
     folder = os.path.join(get_cache_dir(), "gfl_d2", name)
     os.makedirs(folder, exist_ok=True)
     return folder
@@ -87,9 +97,10 @@ def find_images(image_root: str, names: Sequence[str]) -> tuple[list[str | None]
         ways.append(way)
     claims = collections.defaultdict(set)
     for path, name in zip(paths, names):
-        claims[path].add(os.path.normpath(_decode(name)))
+        if path is not None:
+            claims[os.path.abspath(path)].add(os.path.normpath(_decode(name)))
     for i, (path, way) in enumerate(zip(paths, ways)):
-        if way and len(claims[path]) > 1:
+        if way and len(claims[os.path.abspath(path)]) > 1:
             paths[i], ways[i] = None, ""
     return paths, dict(collections.Counter(filter(None, ways)))
 
@@ -169,9 +180,9 @@ def read_headers(image_root: str, paths: Sequence[str]) -> list[ImageHeader | st
     """
     source = repr((os.path.abspath(image_root), ImageHeader._fields))
     key = hashlib.blake2b(source.encode(), digest_size=12).hexdigest()
-    cache_file = os.path.join(cache_folder("images"), f"{key}.json")
+    cache_name = f"{key}.json"
     try:
-        with open(cache_file, encoding="utf-8") as file:
+        with open(os.path.join(cache_folder("images"), cache_name), encoding="utf-8") as file:
             known = json.load(file)
     except (OSError, ValueError):
         known = {}
@@ -188,10 +199,10 @@ def read_headers(image_root: str, paths: Sequence[str]) -> list[ImageHeader | st
     new = {path: entry for path, entry in zip(paths, results) if not isinstance(entry, str)}
     if any(known.get(path) != entry for path, entry in new.items()):
         try:
-            with atomic_write(cache_file, "w") as file:
+            with atomic_write(os.path.join(cache_folder("images"), cache_name), "w") as file:
                 file.write(json.dumps({**known, **new}))
         except OSError as error:  # they are read again the next time
-            logger.warning(f"{cache_file} cannot be written: {error}")
+            logger.warning(f"The headers of images cannot be kept: {error}")
     return [e if isinstance(e, str) else ImageHeader(*e[2:]) for e in results]
 
 
@@ -204,15 +215,30 @@ def _read_header(path: str, known: dict[str, list]) -> list | str:
         if entry is not None and entry[:2] == state:
             return entry
         with Image.open(path) as image:
+            _refuse_programs(image)
             # The size of a TIFF file is that of the upright picture in some versions of Pillow.
             is_tiff = image.format == "TIFF"
             width, height = (image.tag_v2[tag] for tag in _SIZE) if is_tiff else image.size
-            # PngImageFile.getexif would decode the pixels, to look for EXIF data behind them.
-            is_turned = Image.Image.getexif(image).get(_ORIENTATION) in _TURNED
+            is_turned = _orientation(image) in _TURNED
             size = (height, width) if is_turned else (width, height)
             return [*state, *size, is_turned, _bits(image)]
     except READ_ERRORS as error:
         return why_unreadable(error, path)
+
+
+def _refuse_programs(image: Image.Image) -> None:
+    """Pillow has another program, Ghostscript, execute what is in such a file."""
+    if image.format == "EPS":
+        raise ValueError("it is a program in PostScript: save it as PNG")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """What the EXIF data say; damaged ones say nothing, as in Detectron2."""
+    try:
+        # PngImageFile.getexif would decode the pixels, to look for EXIF data behind them.
+        return Image.Image.getexif(image).get(_ORIENTATION)
+    except Exception:  # of many kinds
+        return None
 
 
 def _bits(image: Image.Image) -> int:
@@ -236,10 +262,14 @@ def read_image(path: str, format: str) -> np.ndarray:
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            _refuse_programs(image)
             # Pillow turns TIFF files as it reads them; Detectron2 would turn them once more.
             if _bits(image) == 8 and image.format != "TIFF":
                 return detection_utils.read_image(path, format=format)
-            return _convert(ImageOps.exif_transpose(image), format, _bits(image))
+            bits = _bits(image)
+            if _orientation(image) is not None:
+                image = ImageOps.exif_transpose(image)
+            return _convert(image, format, bits)
     except READ_ERRORS as error:
         raise InputError(f"Cannot read image {path}: {why_unreadable(error, path)}") from None
 
@@ -267,6 +297,7 @@ def to_array(image: str | os.PathLike | Image.Image | np.ndarray, format: str) -
     if not isinstance(image, Image.Image):
         raise InputError(f"An image is a path, a PIL image or an array, not {type(image).__name__}")
     try:
+        _refuse_programs(image)
         return _convert(image, format, _bits(image))
     except READ_ERRORS as error:  # the file of a PIL image is read only now
         raise InputError(f"Cannot read a PIL image: {why_unreadable(error, '')}") from None
@@ -288,7 +319,7 @@ def _from_opencv(array: np.ndarray) -> Image.Image:
 
 def _convert(image: Image.Image, format: str, bits: int) -> np.ndarray:
     if bits == 32:
-        raise ValueError("it has 32 bits per pixel: save it with 8 or 16")
+        raise ValueError("it has 32 bits per pixel, or signed ones: save it with 8 or 16")
     if bits == 16:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return detection_utils.convert_PIL_to_numpy(image, format)
@@ -298,6 +329,8 @@ def why_unreadable(error: Exception, path: str) -> str:
     """What is wrong with an image file, from one of READ_ERRORS."""
     if isinstance(error, Image.UnidentifiedImageError):
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(len(_PLACEHOLDER)) == _PLACEHOLDER:
-                return "it is a placeholder of Git LFS: run 'git lfs pull'"
+            content = file.read(100)
+            for (start, beginning), reason in _BEGINNINGS.items():
+                if content[start:].startswith(beginning):
+                    return reason
     return _REASONS.get(type(error)) or " ".join(str(error).split()) or first_line(error)

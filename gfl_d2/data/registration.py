@@ -185,8 +185,9 @@ def _refuse_missing(data: CocoData, missing: list[str]) -> None:
 
 
 def _refuse_unfit(data: CocoData, image_root: str, headers: list[ImageHeader | str]) -> None:
+    bits = "32 bits per channel, or signed ones: save it with 8"
     unfit = [
-        f"{name} ({header if isinstance(header, str) else '32 bits per channel: save it with 8'})"
+        f"{name} ({header if isinstance(header, str) else bits})"
         for name, header in zip(data.file_names, headers)
         if isinstance(header, str) or header.bits == 32
     ]
@@ -278,15 +279,17 @@ def _sound_file(data: CocoData) -> str:
     # File systems limit the length of names.
     stem = os.path.basename(os.path.splitext(data.json_file)[0])[:50]
     # Changed data has another name: an evaluator may still use the old file.
-    path = os.path.join(cache_folder("annotations"), f"{stem}-{_digest(content)}.json")
-    if not os.path.isfile(path):
-        try:
+    name = f"{stem}-{_digest(content)}.json"
+    try:
+        path = os.path.join(cache_folder("annotations"), name)
+        if not os.path.isfile(path):
             with atomic_write(path) as file:
                 file.write(content)
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be written: {error}. $FVCORE_CACHE names the folder of such files"
-            ) from None
+    except OSError as error:
+        raise InputError(
+            f"{name}, a sound copy of {data.json_file}, cannot be written: {error}. $FVCORE_CACHE "
+            "names the folder of such files"
+        ) from None
     return path
 
 
