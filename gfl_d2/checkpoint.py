@@ -19,7 +19,7 @@ from .errors import InputError, name_some
 from .files import AtomicPathManager
 from .inflation import inflate_stem
 from .plain_checkpointer import PlainCheckpointer
-from .plain_data import check_weights, load_torch
+from .plain_data import check_weights, find_refused, load_torch
 
 __all__ = [
     "GFLCheckpointer", "describe_model", "describe_problems", "find_config", "get_local_path",
@@ -83,7 +83,7 @@ class GFLCheckpointer(PlainCheckpointer):
         self.averaged = complete if averaged is None else averaged
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Raises InputError, and saves nothing, if a weight is NaN or infinite."""
+        """Raises InputError, and saves nothing, if a weight is NaN or infinite, or as below."""
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         wrong = [name for name, tensor in tensors if not tensor.isfinite().all()]
         if wrong:
@@ -92,13 +92,39 @@ class GFLCheckpointer(PlainCheckpointer):
                 "checkpoint is of before. Lower SOLVER.BASE_LR, or set "
                 "SOLVER.CLIP_GRADIENTS.ENABLED True"
             )
+        self.check_states(**kwargs)
         super().save(name, **{**self.description, **kwargs})
+
+    def check_states(self, **others: Any) -> None:
+        """
+        Raises InputError if what is saved beside the model holds more than tensors and plain data,
+        as the state of a hook may: it could not be read again.
+        """
+        states = {name: part.state_dict() for name, part in self.checkpointables.items()}
+        for name, state in {**states, **others}.items():
+            refused = find_refused(state, name)
+            if refused:
+                raise InputError(
+                    f"A checkpoint could not be resumed: {refused}, and only tensors and plain "
+                    "data are read. Convert it in state_dict()"
+                )
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As :meth:`load`, from the last checkpoint in ``save_dir`` if there is one to resume."""
         if resume and self.has_checkpoint():
             self.complete = self._is_resuming = True
+            self._find_last()
         return super().resume_or_load(path, resume=resume)
+
+    def _find_last(self) -> None:
+        path = self.get_checkpoint_file()
+        if "://" in path or os.path.isfile(path):
+            return
+        there = name_some(sorted(x for x in os.listdir(self.save_dir) if x.endswith(".pth")))
+        raise InputError(
+            f"{self.save_dir}/last_checkpoint names {os.path.basename(path)!r}, which is gone: "
+            f"write another name into it ({there or 'there is none'}), or delete it to start anew"
+        )
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """
@@ -123,6 +149,13 @@ class GFLCheckpointer(PlainCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]):
         check_weights(checkpoint["model"], self._path)
+        names = self.description.get("class_names", [])
+        trained = checkpoint.get("class_names", [])
+        if self._is_resuming and names != trained and sorted(names) == sorted(trained):
+            raise InputError(
+                f"{self._path} was trained with the classes in another order: set "
+                f"DATASETS.CLASSES {list(trained)}"
+            )
         name = "" if self.complete else inflate_stem(checkpoint["model"], self.model.state_dict())
         if name:
             self.logger.warning(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import re
 import socket
 import uuid
+import weakref
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -97,7 +99,7 @@ def lock_folder(folder: str) -> IO:
 
     Returns:
         file: it holds the lock until it is closed, or its process dies. Processes that are forked
-        from this one do not have it.
+        from this one do not have it. If this process has the lock already, it stays as it is.
 
     Raises:
         InputError: another process has the lock, or the folder cannot be written to.
@@ -107,11 +109,15 @@ def lock_folder(folder: str) -> IO:
         file = open(os.path.join(folder, _LOCK), "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"OUTPUT_DIR {folder} cannot be written to: {error.strerror}") from None
+    this = f"process {os.getpid()} on {socket.gethostname()}"
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not lockf: its lock is lost when this process closes the file after any other use of it.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read().strip()
+        if owner == this:
+            return file
         file.close()
         raise InputError(
             f"OUTPUT_DIR {folder} is that of a training which runs ({owner}): wait for its end, "
@@ -121,5 +127,13 @@ def lock_folder(folder: str) -> IO:
         logger.warning(f"No lock on OUTPUT_DIR {folder}: {error.strerror}")
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         file.truncate(0)
-        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(file.fileno(), this.encode())
+    # A process that is forked would hold the lock as long as it lives.
+    os.register_at_fork(after_in_child=functools.partial(_close, weakref.ref(file)))
     return file
+
+
+def _close(reference: weakref.ref) -> None:
+    file = reference()
+    if file is not None:
+        file.close()

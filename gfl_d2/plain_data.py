@@ -5,6 +5,7 @@ where it would grow.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import pickletools
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .errors import InputError, first_line
 
-__all__ = ["check_weights", "check_yaml", "load_pickle", "load_torch"]
+__all__ = ["check_weights", "check_yaml", "find_refused", "load_pickle", "load_torch"]
 
 _REFUSED = (
     "Weights file {path} holds more than tensors and plain data: it names {name}. It is refused, "
@@ -34,6 +35,7 @@ _REFUSED_PICKLE = (
     "refused, and nothing in it has been executed. If you trust it, save its weights by torch.save "
     "as .pth where it comes from"
 )
+_PLAIN = (Tensor, torch.nn.Parameter, int, float, str, bool, type(None))
 _LARGEST_YAML = 10**6  # values
 # Letters of NumPy's types of plain numbers, with the sizes that PyTorch has too.
 _NUMBER = re.compile(r"[?b]1?|[iuf][1248]|f2")
@@ -68,6 +70,26 @@ def load_torch(
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
         text = f"Weights file {path} cannot be read: {type(error).__name__}: {reason}"
         raise InputError(text.splitlines()[0]) from None
+
+
+def find_refused(value: Any, name: str) -> str | None:
+    """What of ``value`` :func:`load_torch` would refuse, e.g. "hooks.best is a numpy.float64"."""
+    if type(value) in (dict, OrderedDict):
+        parts = ((f"{name}.{key}", part) for key, part in value.items())
+    elif type(value) in (list, tuple, set):
+        parts = ((f"{name}[{i}]", part) for i, part in enumerate(value))
+    elif type(value) in _PLAIN:
+        return None
+    else:
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception:  # of many kinds
+            return f"{name} is a {type(value).__module__}.{type(value).__name__}"
+        return None
+    return next(filter(None, (find_refused(part, name) for name, part in parts)), None)
 
 
 def _refuse_archives(file: str | os.PathLike, path: str) -> None:

@@ -80,6 +80,7 @@ def check_training_config(cfg: CN, num_processes: int = 1) -> None:
     _check_ranges(cfg)
     check_augmentation_config(cfg)
     _check_processes(cfg, num_processes)
+    _check_sampler(cfg)
     _check_writers(cfg)
     is_evaluated = bool(cfg.DATASETS.TEST) and cfg.TEST.EVAL_PERIOD > 0
     _check_early_stopping(cfg, is_evaluated)
@@ -139,6 +140,11 @@ def _check_processes(cfg: CN, number: int) -> None:
     share = f" / {number} processes" if number > 1 else ""
     allowed = f"a divisor of SOLVER.IMS_PER_BATCH, {batch}{share}"
     require(cfg, "SOLVER.ACCUMULATE", is_divisor, allowed)
+
+
+def _check_sampler(cfg: CN) -> None:
+    ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1)  # of Detectron2's main branch
+    require(cfg, "DATALOADER.RANDOM_SUBSET_RATIO", 0 < ratio <= 1, "in (0, 1]")
 
 
 def _check_writers(cfg: CN) -> None:

@@ -3,6 +3,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,54 @@ def test_resuming_needs_every_parameter(tmp_path):
         checkpointer.resume_or_load("", resume=True)
 
 
+def test_last_checkpoint_is_gone(tmp_path):
+    checkpointer = GFLCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    for name in ("model_1", "model_2"):
+        checkpointer.save(name)
+    (tmp_path / "model_2.pth").unlink()
+    with pytest.raises(InputError, match=r"names 'model_2\.pth', .* into it \(model_1\.pth\)"):
+        checkpointer.resume_or_load("")
+
+
+def test_resuming_with_classes_in_another_order(tmp_path):
+    model = build(num_classes=2)
+    for names in (["cat", "dog"], ["dog", "cat"], ["dog", "Cat"]):
+        checkpointer = GFLCheckpointer(model, str(tmp_path), description={"class_names": names})
+        if names == ["dog", "cat"]:
+            with pytest.raises(InputError, match=r"set DATASETS\.CLASSES \['cat', 'dog'\]"):
+                checkpointer.resume_or_load("")
+        else:
+            checkpointer.resume_or_load("")
+            checkpointer.save("model_1")
+
+
+class Stateful:
+    def __init__(self, **state):
+        self.state = state
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        assert state == self.state
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), np.zeros(2), Path("x"), deque([1])])
+def test_states_that_could_not_be_resumed(tmp_path, value):
+    hook = Stateful(best=[0, value])
+    checkpointer = GFLCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), hook=hook)
+    with pytest.raises(InputError, match=r"resumed: hook\.best\[1\] is a .*state_dict\(\)"):
+        checkpointer.save("model_1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_that_can_be_resumed(tmp_path):
+    state = {"a": Counter("aab"), "b": (1, None), "c": torch.Size([2]), "d": b"x", "e": {True}}
+    checkpointer = GFLCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), hook=Stateful(**state))
+    checkpointer.save("model_1")
+    checkpointer.resume_or_load("")
+
+
 def test_failed_load_writes_nothing(tmp_path):
     path = save(build(conv_dim=64), tmp_path / "model.pth")
     content = (tmp_path / "model.pth").read_bytes()
@@ -209,10 +258,17 @@ class Bomb:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Unchecked(GFLCheckpointer):
+    """A bomb is no plain data."""
+
+    def check_states(self, **others) -> None:
+        pass
+
+
 def save_twice(folder, bomb):
     """Once well, then once with what cannot be saved, under the same name."""
     model = torch.nn.Linear(1, 1)
-    checkpointer = GFLCheckpointer(model, str(folder))
+    checkpointer = Unchecked(model, str(folder))
     checkpointer.save("model_final", iteration=3)
     with torch.no_grad():
         model.weight.fill_(9.0)

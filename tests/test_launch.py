@@ -92,9 +92,12 @@ def test_processes_of_torchrun(monkeypatch):
     with pytest.raises(InputError, match=r"not \['MASTER_PORT'\]"):
         find()
     # The first process of the machine says it.
+    stays = []
+    monkeypatch.setattr("gfl_d2.engine.launch.time.sleep", stays.append)
     with pytest.raises(SystemExit) as caught, said_once():
         find()
     assert caught.value.code == 1
+    assert len(stays) == 1
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError), said_once():
         find()
@@ -122,6 +125,8 @@ def end(how: str) -> None:
             raise InputError("photo.png is damaged")
         if how == "bug":
             raise KeyError("of the second process")
+        if how == "long":
+            raise InputError("long" * 100_000)
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "terminated":
@@ -134,6 +139,13 @@ def test_a_mistake_of_one_process():
     with pytest.raises(InputError) as caught:
         launch(end, ("mistake",), Processes(2), "cpu", "")
     assert str(caught.value) == "photo.png is damaged"
+
+
+@pytest.mark.slow
+def test_a_long_message():
+    """More than a pipe holds."""
+    with pytest.raises(InputError, match="longlong"):
+        launch(end, ("long",), Processes(2), "cpu", "")
 
 
 @pytest.mark.slow

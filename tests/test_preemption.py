@@ -186,6 +186,17 @@ def test_folder_of_a_running_training(tmp_path):
     claim_output_folder(folder).close()
 
 
+def test_lock_stays_when_the_folder_is_read(tmp_path):
+    """And when this process asks for it again."""
+    lock = lock_folder(str(tmp_path))
+    (tmp_path / "training.lock").read_bytes()
+    lock_folder(str(tmp_path)).close()
+    other = start_process(lock_folder, str(tmp_path))
+    other.join()
+    assert other.exitcode != 0
+    lock.close()
+
+
 def test_lock_is_not_that_of_workers(tmp_path):
     """They may live on for seconds."""
     lock = lock_folder(str(tmp_path))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.engine import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gfl_d2.engine.ema import ModelAverager, share_buffers
-from gfl_d2.engine.hooks import EarlyStopping, TrainingEnds
+from gfl_d2.engine.hooks import EarlyStopping, Evaluation, TrainingEnds
 from gfl_d2.engine.steps import AccumulatingTrainer, BFloat16Trainer, find_criterion
 from gfl_d2.errors import InputError
 from models import CHOICES, WITH_RESNET, build_gfl, make_input
@@ -219,3 +219,21 @@ def test_parts_in_two_processes_are_one_batch(of_two_processes):
         assert torch.equal(gradient, gradients_1[name])
     # Detectron2 has gathered the losses.
     assert_equal_steps((losses_0, gradients_0), step(1))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_training_that_fails_in_its_last_step_is_not_evaluated(fails):
+    class ThreeSteps(TrainerBase):
+        def run_step(self):
+            if fails and self.iter == 2:
+                raise InputError("photo.png is damaged")
+
+    evaluations = []
+    trainer = ThreeSteps()
+    trainer.register_hooks([Evaluation(0, lambda: evaluations.append(trainer.iter))])
+    if fails:
+        with pytest.raises(InputError):
+            trainer.train(0, 3)
+    else:
+        trainer.train(0, 3)
+    assert evaluations == ([] if fails else [3])

@@ -45,7 +45,7 @@ from gfl_d2.engine import (
     claim_output_folder,
 )
 from gfl_d2.engine.ema import ModelAverager, share_buffers
-from gfl_d2.engine.hooks import FinalModelSaver
+from gfl_d2.engine.hooks import Evaluation, FinalModelSaver
 from gfl_d2.engine.launch import hide_from_log
 from gfl_d2.engine.preemption import Preemption
 from gfl_d2.engine.solver import clip_all_gradients
@@ -198,7 +198,7 @@ def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
             *before_saving,
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             saver if comm.is_main_process() else None,
-            hooks.EvalHook(cfg.train.eval_period, evaluate),
+            Evaluation(cfg.train.eval_period, evaluate),
             *main_only,
             Preemption(checkpointer),
         ]

@@ -8,6 +8,7 @@ import os
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from torch import nn
 
@@ -15,7 +16,7 @@ from ..checkpoint import GFLCheckpointer
 from ..errors import InputError, name_some
 from ..plain_data import load_torch
 
-__all__ = ["BestModelSaver", "EarlyStopping", "FinalModelSaver", "TrainingEnds"]
+__all__ = ["BestModelSaver", "EarlyStopping", "Evaluation", "FinalModelSaver", "TrainingEnds"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,19 @@ class BestModelSaver(HookBase):
         with self._checkpointer.path_manager.open(self._path, "wb") as file:
             torch.save(content, file)
         logger.info(f"{self._metric} {value:.3f} is the best so far, kept in {self._path}")
+
+
+class Evaluation(EvalHook):
+    """
+    Detectron2's, but that a training which fails in its last step is not evaluated: a process that
+    failed alone would wait there for the others, and they for it.
+    """
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+        else:
+            del self._func  # as there: it refers to the trainer, which would not be freed
 
 
 class FinalModelSaver(HookBase):

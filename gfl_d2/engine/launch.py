@@ -32,6 +32,9 @@ _OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 # A failed process stays so long, in seconds: one that was killed is seen before those that miss it.
 _STAY = 2
+# Under torchrun the first process that leaves ends the others: it is to be the one that speaks.
+_STAY_SILENT = 30
+_LONGEST = 10_000  # letters of a failure: more would block the pipe that it is sent through
 
 
 class Processes(NamedTuple):
@@ -149,6 +152,7 @@ def said_once() -> Iterator[None]:
         yield
     except InputError:
         if _is_started_by_torchrun() and os.environ["LOCAL_RANK"] != "0":
+            time.sleep(_STAY_SILENT)
             raise SystemExit(1) from None
         raise
 
@@ -204,11 +208,12 @@ def _call(function: Callable, args: tuple, failures: mp.SimpleQueue) -> None:
     try:
         function(*args)
     except InputError as error:
-        failures.put((True, str(error)))
+        failures.put((True, str(error)[:_LONGEST]))
         raise
     except Exception:
         time.sleep(_STAY)
-        failures.put((False, f"Process {comm.get_rank()} failed:\n{traceback.format_exc()}"))
+        trace = traceback.format_exc()[-_LONGEST:]
+        failures.put((False, f"Process {comm.get_rank()} failed:\n{trace}"))
         raise
 
 

@@ -25,7 +25,7 @@ from .distillation import StudentWithTeacher, find_teacher, load_teacher
 from .divergence import describe_divergence
 from .ema import ModelAverager, share_buffers
 from .evaluation import build_evaluator, check_evaluators
-from .hooks import BestModelSaver, EarlyStopping, FinalModelSaver, TrainingEnds
+from .hooks import BestModelSaver, EarlyStopping, Evaluation, FinalModelSaver, TrainingEnds
 from .loader import TrainingLoader
 from .parallel import ParallelTrainer
 from .pictures import PictureWriter
@@ -136,7 +136,7 @@ class Trainer(ParallelTrainer):
             before_saving.append(PictureWriter(cfg, self._evaluated_model))
         if cfg.TEST.EVAL_LOSS:
             find_criterion(model, "TEST.EVAL_LOSS False")
-        evaluation = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)
+        evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self._evaluate)
         ret = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in ret]
         return [*ret[:1], *before_saving, *ret[1:]]  # the first is the timer
 
@@ -161,6 +161,7 @@ class Trainer(ParallelTrainer):
     def train(self) -> dict | None:
         number = (self.max_iter - self.start_iter) // self.cfg.SOLVER.CHECKPOINT_PERIOD + 1
         check_space(self.checkpointer, self.optimizer, number)
+        self.checkpointer.check_states()
         try:
             return super().train()
         except TrainingEnds as end:
