@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from torch.testing import assert_close
 
@@ -218,6 +219,20 @@ def trained(tmp_path, clean_catalogs):
 def run(script, monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["script", *map(str, arguments)])
     script.main()
+
+
+def test_images_of_a_dataset(clean_catalogs):
+    """By id, or by the end of the path if only one has it."""
+    names = ["a/1.png", "b/1.png", "2.png", "c/11.png"]
+    records = [{"file_name": f"/data/{name}", "image_id": i} for i, name in enumerate(names)]
+    DatasetCatalog.register("four", lambda: records)
+    cfg = small_config("joint", "general", "atss")
+    for image, index in {"2": 2, "2.png": 2, "b/1.png": 1, "/data/a/1.png": 0}.items():
+        assert visualize.find_record(cfg, "four", image) is records[index]
+    with pytest.raises(
+        InputError, match=r"'four' has several such images: /data/a/1\.png, /data/b"
+    ):
+        visualize.find_record(cfg, "four", "1.png")
 
 
 @pytest.mark.parametrize("dataset", [(), ("--dataset", "one")])
