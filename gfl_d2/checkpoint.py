@@ -83,7 +83,10 @@ class GFLCheckpointer(PlainCheckpointer):
         self.averaged = complete if averaged is None else averaged
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Raises InputError, and saves nothing, if a weight is NaN or infinite, or as below."""
+        """
+        Raises InputError, and saves nothing, if a weight is NaN or infinite, or as
+        :meth:`check_states` does.
+        """
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         wrong = [name for name, tensor in tensors if not tensor.isfinite().all()]
         if wrong:

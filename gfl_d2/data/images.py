@@ -263,10 +263,10 @@ def read_image(path: str, format: str) -> np.ndarray:
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             _refuse_programs(image)
-            # Pillow turns TIFF files as it reads them; Detectron2 would turn them once more.
-            if _bits(image) == 8 and image.format != "TIFF":
-                return detection_utils.read_image(path, format=format)
             bits = _bits(image)
+            # Pillow turns TIFF files as it reads them; Detectron2 would turn them once more.
+            if bits == 8 and image.format != "TIFF":
+                return detection_utils.read_image(path, format=format)
             if _orientation(image) is not None:
                 image = ImageOps.exif_transpose(image)
             return _convert(image, format, bits)
