@@ -39,7 +39,7 @@ from gfl_d2.engine import (
 from gfl_d2.engine.launch import (
     add_arguments,
     find_processes,
-    hide_from_log,
+    hide_mistakes_from_log,
     joined,
     launch,
     said_once,
@@ -109,8 +109,7 @@ def train_or_evaluate(cfg, args):
 
 
 def main(args):
-    # Detectron2 logs what ends a training with its stack trace. A user's mistake needs none.
-    hide_from_log(lambda error: isinstance(error, InputError))
+    hide_mistakes_from_log()
     try:
         with said_once():  # before processes start, rather than by each of them
             processes = find_processes(args)

@@ -47,7 +47,10 @@ def check_file(path: str) -> None:
         raise InputError(f"{path}: its folder cannot be made: {error}") from None
     if os.path.isdir(path):
         raise InputError(f"{path}: there is a folder of this name")
-    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or device
+        if not os.access(path, os.W_OK):
+            raise InputError(f"{path} cannot be written to")
+    elif not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
         raise InputError(f"{path}: its folder cannot be written to")
 
 

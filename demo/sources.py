@@ -39,8 +39,9 @@ def find_files(inputs: Sequence[str], output: str | None) -> list[str]:
             found = sorted(filter(os.path.isfile, glob.glob(item, recursive=True)))
         if not found:
             raise InputError(f"--input {item}: no images there ({', '.join(IMG_EXTENSIONS)})")
-        files.update(dict.fromkeys(found))
-    return list(files)
+        for file in found:
+            files.setdefault(os.path.abspath(file), file)
+    return list(files.values())
 
 
 def _images_below(folder: str, output: str | None) -> list[str]:

@@ -22,9 +22,12 @@ from .plain_checkpointer import PlainCheckpointer
 from .plain_data import check_weights, find_refused, load_torch
 
 __all__ = [
-    "GFLCheckpointer", "describe_model", "describe_problems", "find_config", "get_local_path",
-    "load_checkpoint_config",
+    "BEST_MODEL", "GFLCheckpointer", "describe_model", "describe_problems", "find_config",
+    "get_local_path", "load_checkpoint_config",
 ]  # fmt: skip
+
+# Of the best evaluation, without what a training would be resumed from.
+BEST_MODEL = "model_best.pth"
 
 # Parameters that depend on the number of classes: fine-tuning on other data starts them anew.
 _CLASS_DEPENDENT = re.compile(r"^head\.cls_score\.")
@@ -123,7 +126,8 @@ class GFLCheckpointer(PlainCheckpointer):
         path = self.get_checkpoint_file()
         if "://" in path or os.path.isfile(path):
             return
-        there = name_some(sorted(x for x in os.listdir(self.save_dir) if x.endswith(".pth")))
+        names = sorted((x for x in os.listdir(self.save_dir) if x.endswith(".pth")), reverse=True)
+        there = name_some([x for x in names if x != BEST_MODEL])  # which has no optimizer
         raise InputError(
             f"{self.save_dir}/last_checkpoint names {os.path.basename(path)!r}, which is gone: "
             f"write another name into it ({there or 'there is none'}), or delete it to start anew"
@@ -143,6 +147,11 @@ class GFLCheckpointer(PlainCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = super()._load_file(filename)
+        if self._is_resuming and "trainer" in self.checkpointables and "trainer" not in checkpoint:
+            raise InputError(
+                f"{self._path} has weights, but no state of a training to resume: start from it by "
+                "MODEL.WEIGHTS, without --resume, in another OUTPUT_DIR"
+            )
         if self.averaged and "ema" in checkpoint:
             self.logger.info(f"Taking the averages of weights (MODEL_EMA) in {self._path}")
             checkpoint["model"] = checkpoint.pop("ema")

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _LOCK = "training.lock"
+# The locks of this process, by folder: a second one would be refused like that of another process.
+_HELD: weakref.WeakValueDictionary[str, IO] = weakref.WeakValueDictionary()
 
 
 @contextlib.contextmanager
@@ -98,26 +100,28 @@ def lock_folder(folder: str) -> IO:
     Make the folder if need be, and lock it for this process.
 
     Returns:
-        file: it holds the lock until it is closed, or its process dies. Processes that are forked
-        from this one do not have it. If this process has the lock already, it stays as it is.
+        file: it holds the lock until it is closed or collected, or its process dies. If this
+        process has the lock already, it is the same file. Processes that are forked from this one
+        do not have it.
 
     Raises:
         InputError: another process has the lock, or the folder cannot be written to.
     """
+    key = os.path.realpath(folder)
+    held = _HELD.get(key)
+    if held is not None and not held.closed:
+        return held
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, _LOCK), "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"OUTPUT_DIR {folder} cannot be written to: {error.strerror}") from None
-    this = f"process {os.getpid()} on {socket.gethostname()}"
     try:
         # Not lockf: its lock is lost when this process closes the file after any other use of it.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read().strip()
-        if owner == this:
-            return file
         file.close()
         raise InputError(
             f"OUTPUT_DIR {folder} is that of a training which runs ({owner}): wait for its end, "
@@ -127,9 +131,10 @@ def lock_folder(folder: str) -> IO:
         logger.warning(f"No lock on OUTPUT_DIR {folder}: {error.strerror}")
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         file.truncate(0)
-        os.write(file.fileno(), this.encode())
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     # A process that is forked would hold the lock as long as it lives.
     os.register_at_fork(after_in_child=functools.partial(_close, weakref.ref(file)))
+    _HELD[key] = file
     return file
 
 

@@ -75,7 +75,7 @@ def load_torch(
 def find_refused(value: Any, name: str) -> str | None:
     """What of ``value`` :func:`load_torch` would refuse, e.g. "hooks.best is a numpy.float64"."""
     if type(value) in (dict, OrderedDict):
-        parts = ((f"{name}.{key}", part) for key, part in value.items())
+        parts = ((f"{name}.{item[0]}", part) for item in value.items() for part in item)
     elif type(value) in (list, tuple, set):
         parts = ((f"{name}[{i}]", part) for i, part in enumerate(value))
     elif type(value) in _PLAIN:

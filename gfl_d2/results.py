@@ -12,10 +12,11 @@ from detectron2.data import DatasetCatalog
 
 from .errors import InputError, name_some
 
-__all__ = ["find_results", "load_results"]
+__all__ = ["DATASET_FILE", "find_results", "load_results"]
 
 # The file that Detectron2's COCOEvaluator writes, and what each of its detections has.
 _RESULTS_FILE = "coco_instances_results.json"
+DATASET_FILE = "dataset.txt"  # beside it: the name of the dataset
 _RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
 
 
@@ -29,23 +30,37 @@ def find_results(path: str | Path, dataset: str) -> Path:
     """
     path = Path(path)
     if path.is_file():
-        if path.parent.name != dataset and path.parent.name in DatasetCatalog:
-            raise InputError(f"{path} has the results of '{path.parent.name}', not of '{dataset}'")
+        evaluated = _evaluated_dataset(path) or dataset
+        if evaluated != dataset:
+            raise InputError(f"{path} has the results of '{evaluated}', not of '{dataset}'")
         return path
     if not path.exists():
         raise InputError(
             f"{path}, for the results of dataset '{dataset}', does not exist: evaluate it first, "
             "by train_net.py --eval-only"
         )
-    for folder in ("inference", "."):
-        for file in (path / folder / dataset / _RESULTS_FILE, path / folder / _RESULTS_FILE):
-            if file.is_file():
-                return file
+    for folder in (path / "inference", path):
+        files = [folder / dataset / _RESULTS_FILE, folder / _RESULTS_FILE]
+        files = [file for file in files if file.is_file()]
+        known = [file for file in files if _evaluated_dataset(file) == dataset]
+        unknown = [file for file in files if _evaluated_dataset(file) is None]
+        if known or unknown:
+            return max(known, key=lambda file: file.stat().st_mtime_ns) if known else unknown[0]
     there = name_some(sorted(path.rglob(_RESULTS_FILE))) or "nothing"
     raise InputError(
         f"{path} has no results of dataset '{dataset}': evaluate it first, by train_net.py "
         f"--eval-only. What is there: {there}"
     )
+
+
+def _evaluated_dataset(results: Path) -> str | None:
+    """The name of the dataset, unless the file is of an evaluator that does not say."""
+    if results.parent.name in DatasetCatalog:
+        return results.parent.name
+    try:
+        return (results.parent / DATASET_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
 
 
 def load_results(

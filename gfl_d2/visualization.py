@@ -157,7 +157,7 @@ def save_plot(path: str | Path, figure: Figure, dpi: int) -> None:
     check_picture_path(path, is_plot=True)
     try:
         figure.savefig(path, dpi=dpi)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # .pgf needs LaTeX
         raise InputError(f"Picture '{path}' cannot be written: {error}") from None
 
 

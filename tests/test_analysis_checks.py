@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.ops import box_iou
 
 from box_tables import make_table, random_boxes
@@ -83,7 +84,9 @@ def test_files(tmp_path):
     (tmp_path / "copy.jpg").write_bytes((tmp_path / "a.jpg").read_bytes())
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-1500])
     (tmp_path / "text.jpg").write_text("no image")
-    files = [str(tmp_path / f"{name}.jpg") for name in ("a", "b", "copy", "cut", "text", "absent")]
+    Image.new("RGB", (80, 60)).save(tmp_path / "script.jpg", format="EPS")
+    names = ("a", "b", "copy", "cut", "text", "script", "absent")
+    files = [str(tmp_path / f"{name}.jpg") for name in names]
     a, b, copy, *broken = files
     found = check_files({"train": [*files[:3], *broken], "test": [b, copy]})
     assert found["several_times_in_train_files"] == [[a, copy]]
@@ -91,3 +94,4 @@ def test_files(tmp_path):
     assert found["in_train_and_test_files"] == expected
     assert set(found["unreadable"]) == set(broken)
     assert found["unreadable"][broken[-1]] == "no such file"
+    assert "PostScript" in found["unreadable"][broken[-2]]

@@ -459,3 +459,8 @@ def test_an_error_in_a_file_that_detectron2_reads(tmp_path):
     # Also where a script loads it.
     with pytest.raises(InputError, match=r"Dataset other .* cannot be loaded"), loading(["other"]):
         DatasetCatalog.get("other")
+
+
+def test_an_error_that_says_what_is_wrong_stays_as_it_is():
+    with pytest.raises(InputError, match=r"^results\.json is wrong$"), loading(["other"]):
+        raise InputError("results.json is wrong")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 
 import cv2
@@ -17,6 +18,7 @@ from PIL import Image
 from gfl_d2.calibration import Calibration, save_calibration
 from gfl_d2.checkpoint import describe_model, load_checkpoint_config
 from gfl_d2.deploy import Predictor
+from gfl_d2.errors import InputError
 from gfl_d2.results import load_results
 from models import WITH_RESNET, small_config
 from scripts import load_script
@@ -121,12 +123,24 @@ def test_one_picture_is_drawn(monkeypatch, weights, photos, tmp_path):
 def test_files_patterns_and_folders(monkeypatch, photos, tmp_path):
     monkeypatch.chdir(photos)
     assert sources.find_files(["deep/*", "a.png", ".", "gone.jpg"], None) == [
-        "deep/a.jpg", "deep/b.pcx", "a.png", "./a.png", "./deep/a.jpg", "gone.jpg",
+        "deep/a.jpg", "deep/b.pcx", "a.png", "gone.jpg",
     ]  # fmt: skip
     # What an earlier run wrote is no input.
     assert sources.find_files(["."], str(photos / "deep")) == ["./a.png"]
     (photos / "a[1].png").write_bytes((photos / "a.png").read_bytes())
     assert sources.find_files(["a[1].png"], None) == ["a[1].png"]
+
+
+def test_devices_are_written_to_where_no_file_can_be(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writable = {str(tmp_path / "pipe")}
+    monkeypatch.setattr(os, "access", lambda path, mode: path in writable)
+    outputs.check_file(str(tmp_path / "pipe"))
+    with pytest.raises(InputError, match="file: its folder cannot be written to"):
+        outputs.check_file(str(tmp_path / "file"))
+    writable.clear()
+    with pytest.raises(InputError, match="pipe cannot be written to"):
+        outputs.check_file(str(tmp_path / "pipe"))
 
 
 def test_names_do_not_collide(tmp_path):

@@ -210,7 +210,7 @@ def test_what_resuming_takes_from_the_checkpoint(make_trainer, caplog, key):
 @pytest.mark.parametrize(("first", "then"), [("SGD", "AdamW"), ("AdamW", "SGD")])
 def test_another_optimizer_cannot_be_resumed(make_trainer, first, then):
     state = make_trainer("SOLVER.OPTIMIZER", first).state_dict()
-    with pytest.raises(InputError, match=rf"SOLVER.OPTIMIZER {then} is not that of the checkpoint"):
+    with pytest.raises(InputError, match=r"is not that of the checkpoint\. SOLVER\.OPTIMIZER"):
         make_trainer("SOLVER.OPTIMIZER", then).load_state_dict(state)
 
 

@@ -1,10 +1,12 @@
 import json
 import os
+import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from gfl_d2.data import images
 from gfl_d2.data.images import find_images, read_headers, read_image
@@ -95,30 +97,68 @@ def turned(path):
     Image.new("RGB", (30, 20)).save(path, exif=exif)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp", "xmp"])
-def test_orientation(tmp_path, kind, orientation):
-    """Header and pixels agree, and are those that Pillow makes of the plain picture."""
-    pixels = np.zeros((48, 64, 3), np.uint8)
-    pixels[:24, :32], pixels[24:, :32], pixels[:24, 32:] = (250, 10, 10), (10, 250, 10), 200
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Image.Transpose
+
+
+def png_chunk(kind, orientation):
+    """A chunk of a PNG file with the orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = str(tmp_path / f"a.{'png' if kind == 'xmp' else kind}")
-    if kind == "xmp":
-        text = PngImagePlugin.PngInfo()
-        packet = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"/>'
-        text.add_itxt("XML:com.adobe.xmp", packet)
-        Image.fromarray(pixels).save(path, pnginfo=text)
-    else:
-        Image.fromarray(pixels).save(path, exif=exif)
-    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Image.Transpose
+    hexadecimal = b"\nexif\n%8d\n%s\n" % (len(exif.tobytes()), exif.tobytes().hex().encode())
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="%d"/>' % orientation
+    data = {
+        b"eXIf": exif.tobytes()[6:],
+        b"iTXt": b"XML:com.adobe.xmp\0\0\0\0\0" + packet,
+        b"tEXt": b"Raw profile type exif\0" + hexadecimal,
+        b"zTXt": b"Raw profile type exif\0\0" + zlib.compress(hexadecimal),
+    }[kind]
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def check_orientation(path, pixels, orientation):
+    """Header and pixels agree, and are those that Pillow makes of the plain picture."""
     expected = Image.fromarray(pixels)
     if orientation > 1:
-        expected = expected.transpose(Image.Transpose(turns[orientation]))
-    (header,) = read_headers(str(tmp_path), [path])
+        expected = expected.transpose(Image.Transpose(TURNS[orientation]))
+    (header,) = read_headers(str(path.parent), [str(path)])
     assert header[:3] == (*expected.size, orientation > 4)
-    difference = np.abs(read_image(path, "RGB").astype(int) - np.asarray(expected))
+    difference = np.abs(read_image(str(path), "RGB").astype(int) - np.asarray(expected))
     assert difference.mean() < 12  # JPEG's edges
+
+
+def corners():
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32], pixels[24:, :32], pixels[:24, 32:] = (250, 10, 10), (10, 250, 10), 200
+    return pixels
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+def test_orientation(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(corners()).save(path, exif=exif)
+    check_orientation(path, corners(), orientation)
+
+
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("kind", [b"eXIf", b"iTXt", b"tEXt", b"zTXt"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_orientation_of_png_files(tmp_path, bits, kind, place):
+    """Before the pixels and behind them."""
+    pixels = corners()
+    if bits == 16:
+        pixels[:] = pixels[:, :, :1]
+        assert cv2.imwrite(str(tmp_path / "a.png"), pixels[:, :, 0].astype(np.uint16) * 256)
+    else:
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    at = content.index(place) - 4
+    content = content[:at] + png_chunk(kind, 6) + content[at:]
+    (tmp_path / "a.png").write_bytes(content)
+    check_orientation(tmp_path / "a.png", pixels, 6)
 
 
 def test_headers(tmp_path):

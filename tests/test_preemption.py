@@ -187,14 +187,30 @@ def test_folder_of_a_running_training(tmp_path):
 
 
 def test_lock_stays_when_the_folder_is_read(tmp_path):
-    """And when this process asks for it again."""
-    lock = lock_folder(str(tmp_path))
+    """And when one of two holders in this process is gone."""
+    locks = [lock_folder(str(tmp_path)), lock_folder(f"{tmp_path}/.")]
     (tmp_path / "training.lock").read_bytes()
-    lock_folder(str(tmp_path)).close()
+    del locks[0]
     other = start_process(lock_folder, str(tmp_path))
     other.join()
     assert other.exitcode != 0
-    lock.close()
+    del locks[0]
+    other = start_process(lock_folder, str(tmp_path))
+    other.join()
+    assert other.exitcode == 0
+
+
+def test_another_process_of_the_same_name(tmp_path, monkeypatch):
+    """Each of two containers may have a process 1, on a host of one name."""
+    locked = multiprocessing.Event()
+    process = start_process(hold_lock, str(tmp_path), locked)
+    locked.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: process.pid)
+        with pytest.raises(InputError, match=rf"runs \(process {process.pid} on "):
+            lock_folder(str(tmp_path))
+    process.kill()
+    process.join()
 
 
 def test_lock_is_not_that_of_workers(tmp_path):

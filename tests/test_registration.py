@@ -395,6 +395,26 @@ def test_a_folder_whose_name_begins_with_another(data, tmp_path, order):
     assert boxes_of("cells_train") == boxes_of("cells_v2_val") == [[1], [0]]
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_folder_that_is_not_wanted_may_be_absent(data, tmp_path, empty):
+    make_folder(tmp_path / "cells_v2", {"train/_annotations.coco.json": "train"}, data)
+    if empty:
+        (tmp_path / "cells").mkdir()
+    cfg = make_cfg(("cells_v2_train",), ())
+    cfg.DATASETS.REGISTER = [str(tmp_path / name) for name in ("cells", "cells_v2")]
+    register_datasets(cfg)
+    assert boxes_of("cells_v2_train") == [[1], [0]]
+
+
+def test_a_folder_that_a_variable_names(data, tmp_path, monkeypatch):
+    make_folder(tmp_path / "cells", {"train/_annotations.coco.json": "train"}, data)
+    monkeypatch.setenv("CELLS", str(tmp_path / "cells"))
+    cfg = make_cfg(("cells_train",), ())
+    cfg.DATASETS.REGISTER = ["$CELLS"]
+    register_datasets(cfg)
+    assert boxes_of("cells_train") == [[1], [0]]
+
+
 def test_a_folder_without_the_dataset(data, tmp_path):
     make_folder(tmp_path / "cells", {"train/_annotations.coco.json": "train"}, data)
     cfg = make_cfg(("cells_train",), ("cells_val",))

@@ -9,7 +9,9 @@ import torch
 from detectron2.engine import default_argument_parser
 
 from gfl_d2.engine import trainer
+from gfl_d2.errors import InputError
 from gfl_d2.modeling import GFLHead
+from gfl_d2.results import find_results
 from scripts import load_script
 from toy_training import CONFIG, options, write_dataset
 
@@ -92,6 +94,9 @@ def test_evaluation_of_a_checkpoint_alone(dataset):
     opts = [*weights, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder)]
     args = default_argument_parser().parse_args(["--eval-only", *opts])
     assert 0 <= train_net.main(args)["bbox"]["AP"] <= 100
+    assert find_results(folder, "toy_val").parent == folder / "inference"
+    with pytest.raises(InputError, match="no results of dataset 'toy_train'"):
+        find_results(folder, "toy_train")
     results = [output / "inference" / "coco_instances_results.json"
                for output in (dataset / "output", folder)]  # fmt: skip
     assert results[0].read_text() == results[1].read_text() != "[]"

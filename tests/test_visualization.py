@@ -1,4 +1,5 @@
 import json
+import os
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from gfl_d2.data import register_coco_format
 from gfl_d2.errors import InputError
-from gfl_d2.results import find_results
+from gfl_d2.results import DATASET_FILE, find_results
 from gfl_d2.visualization import (
     check_picture_path,
     draw_comparison,
@@ -307,6 +308,21 @@ class TestResults:
         with pytest.raises(InputError, match="has the results of 'pets', not of 'demo_val'"):
             find_results(path, "demo_val")
         assert find_results(tmp_path, "demo_val") == other
+
+    def test_results_whose_dataset_is_noted(self, dataset, tmp_path):
+        flat = self.write(tmp_path / "inference")
+        (flat.parent / DATASET_FILE).write_text("demo_val")
+        with pytest.raises(InputError, match="no results of dataset 'pets'"):
+            find_results(tmp_path, dataset)
+        with pytest.raises(InputError, match="has the results of 'demo_val', not of 'pets'"):
+            find_results(flat, dataset)
+        own = self.write(tmp_path / "inference" / "pets")
+        assert find_results(tmp_path, dataset) == own
+        (flat.parent / DATASET_FILE).write_text("pets")
+        for newer, older in ((own, flat), (flat, own)):
+            os.utime(older, (0, 0))
+            os.utime(newer, (1, 1))
+            assert find_results(tmp_path, dataset) == newer
 
     def test_no_results(self, dataset, tmp_path):
         with pytest.raises(InputError, match=r"no results of dataset 'pets'.*nothing"):

@@ -25,7 +25,6 @@ from detectron2.engine import (
     default_setup,
     default_writers,
     hooks,
-    launch,
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -46,9 +45,18 @@ from gfl_d2.engine import (
 )
 from gfl_d2.engine.ema import ModelAverager, share_buffers
 from gfl_d2.engine.hooks import Evaluation, FinalModelSaver
-from gfl_d2.engine.launch import hide_from_log
+from gfl_d2.engine.launch import (
+    Processes,
+    add_arguments,
+    find_processes,
+    hide_mistakes_from_log,
+    joined,
+    launch,
+    said_once,
+)
 from gfl_d2.engine.preemption import Preemption
 from gfl_d2.engine.solver import clip_all_gradients
+from gfl_d2.engine.steps import load_step_state
 from gfl_d2.errors import InputError, first_line
 
 logger = logging.getLogger("gfl_d2")
@@ -83,7 +91,7 @@ def read_config(args) -> DictConfig:
     if torch.device(cfg.train.device).type == "cuda" and not torch.cuda.is_available():
         logger.warning(f"train.device is {cfg.train.device!r}, but there is no GPU: using the CPU")
         cfg.train.device = "cpu"
-    if cfg.train.amp.enabled and cfg.train.device == "cpu":
+    if cfg.train.amp.enabled and cfg.train.device == "cpu" and not args.eval_only:
         raise InputError("train.amp.enabled is float16 for GPUs: train.bf16 works on a CPU too")
     return cfg
 
@@ -109,7 +117,7 @@ def describe_data(cfg: DictConfig) -> CfgNode:
 
 
 def check_data(data: CfgNode, eval_only: bool) -> None:
-    """Raises InputError before anything is written."""
+    """Raises InputError if the data or its number of classes is wrong."""
     train, test = data.DATASETS.TRAIN, data.DATASETS.TEST
     if len(test) > 1:
         raise InputError(
@@ -124,6 +132,13 @@ def check_data(data: CfgNode, eval_only: bool) -> None:
         message = str(error).replace("MODEL.GFL.NUM_CLASSES", "model.head.num_classes")
         raise InputError(message) from None
     check_evaluators(data.DATASETS.TEST)
+
+
+def choose_device(processes: Processes, cfg: DictConfig) -> str:
+    try:
+        return processes.choose_device(cfg.train.device)
+    except InputError as error:
+        raise InputError(str(error).replace("MODEL.DEVICE", "train.device")) from None
 
 
 def build_model(cfg: DictConfig) -> torch.nn.Module:
@@ -151,8 +166,24 @@ def choose_step(cfg: DictConfig) -> type[SimpleTrainer]:
     return SimpleTrainer
 
 
+class ResumedStep:
+    """What is saved of a trainer, with an InputError at ``--resume`` if it does not fit."""
+
+    def __init__(self, step: SimpleTrainer):
+        self._step = step
+        self.state_dict = step.state_dict
+
+    def load_state_dict(self, state: dict) -> None:
+        try:
+            load_step_state(self._step, state)
+        except InputError as error:
+            raise InputError(
+                f"{error}. Model and optimizer must stay as they are at --resume: keep them, or "
+                "start from its weights (train.init_checkpoint) with another train.output_dir"
+            ) from None
+
+
 def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
-    _lock = claim_output_folder(cfg.train.output_dir)  # until the training ends
     model = build_model(cfg)
     logger.info(f"Model:\n{model}")
     cfg.optimizer.params.model = model
@@ -160,7 +191,10 @@ def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
     if cfg.train.clip_gradients:
         clip_all_gradients(optimizer, cfg.train.clip_gradients)
     loader = instantiate(cfg.dataloader.train)
-    trainer = choose_step(cfg)(create_ddp_model(model, **cfg.train.ddp), loader, optimizer)
+    ddp = dict(cfg.train.ddp)
+    if cfg.train.device == "cpu":
+        ddp["device_ids"] = None  # Detectron2 takes a GPU for granted
+    trainer = choose_step(cfg)(create_ddp_model(model, **ddp), loader, optimizer)
 
     ema, evaluated, before_saving, averages = cfg.train.ema, model, [], {}
     if ema.enabled:
@@ -173,7 +207,7 @@ def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
         model,
         cfg.train.output_dir,
         description={"class_names": list(names)},
-        trainer=trainer,
+        trainer=ResumedStep(trainer),
         **averages,
     )
 
@@ -205,16 +239,31 @@ def do_train(cfg: DictConfig, data: CfgNode, resume: bool) -> None:
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     is_resumed = resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if is_resumed else 0, cfg.train.max_iter)
+    try:
+        trainer.train(trainer.iter + 1 if is_resumed else 0, cfg.train.max_iter)
+    except FloatingPointError as error:  # Detectron2's
+        raise InputError(" ".join(str(error).split())) from None
 
 
-def run(args) -> dict | None:
-    setup_logger(distributed_rank=comm.get_rank(), name="gfl_d2")
+def read_and_check(args, rank: int) -> tuple[DictConfig, CfgNode]:
+    """Config and data. Raises InputError before anything is written."""
+    setup_logger(distributed_rank=rank, name="gfl_d2")
     cfg = read_config(args)
     data = describe_data(cfg)
     check_data(data, args.eval_only)
     if not (args.eval_only or args.resume):
         check_output_folder(cfg.train.output_dir)
+    return cfg, data
+
+
+def run(args) -> dict | None:
+    """In each of the processes that are launched."""
+    return train_or_evaluate(*read_and_check(args, comm.get_rank()), args)
+
+
+def train_or_evaluate(cfg: DictConfig, data: CfgNode, args) -> dict | None:
+    # Held until the end.
+    lock = None if args.eval_only else claim_output_folder(cfg.train.output_dir)  # noqa: F841
     setup = copy.deepcopy(cfg)
     if args.eval_only:  # its log and config go beside its results
         setup.train.output_dir = os.path.join(cfg.train.output_dir, "inference")
@@ -232,15 +281,23 @@ def run(args) -> dict | None:
 
 
 def main(args) -> dict | None:
-    # Detectron2 logs what ends a training with its stack trace. A user's mistake needs none.
-    hide_from_log(lambda error: isinstance(error, InputError))
+    hide_mistakes_from_log()
     try:
-        return run(args)
+        with said_once():  # before processes start, rather than by each of them
+            processes = find_processes(args)
+            cfg, data = read_and_check(args, processes.rank)
+            device = choose_device(processes, cfg)
+        if processes.total == 1:
+            return train_or_evaluate(cfg, data, args)
+        if processes.local_rank is None:
+            return launch(run, (args,), processes, device, args.dist_url)
+        with joined(processes, device):
+            return train_or_evaluate(cfg, data, args)
     except InputError as error:
         sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    options = {"machine_rank": args.machine_rank, "dist_url": args.dist_url, "args": (args,)}
-    launch(main, args.num_gpus, num_machines=args.num_machines, **options)
+    parser = default_argument_parser()
+    add_arguments(parser)
+    main(parser.parse_args())

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from ..data.images import READ_ERRORS, why_unreadable
+from ..data.images import READ_ERRORS, refuse_programs, why_unreadable
 from .boxes import BoxTable, InputSize, group_rows
 
 __all__ = ["DUPLICATES", "MAX_LISTED", "check_files", "find_duplicates", "find_suspicious"]
@@ -153,6 +153,7 @@ def _check_file(file: str) -> tuple[str, str]:
         with PathManager.open(file, "rb") as stream:
             content = stream.read()
         with Image.open(io.BytesIO(content)) as image:
+            refuse_programs(image)
             image.draft("RGB", (8, 8))  # a JPEG is decoded small, which is faster
             image.load()
     except READ_ERRORS as error:

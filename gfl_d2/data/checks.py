@@ -213,6 +213,8 @@ def loading(names: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:  # it says what is wrong already
+        raise
     except (AssertionError, KeyError, OSError, ValueError) as error:
         if _comes_from_other_code(error):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -42,7 +43,7 @@ def register_datasets(
     classes = [str(name) for name in cfg.DATASETS.CLASSES]
     if len(set(classes)) < len(classes):
         raise InputError(f"DATASETS.CLASSES names a class twice: {name_some(classes, 20)}")
-    offered = {}
+    folders = {}
     for entry in cfg.DATASETS.REGISTER:
         items = [entry] if isinstance(entry, str) else entry
         is_list = isinstance(items, (list, tuple)) and len(items) in (1, 3)
@@ -58,7 +59,10 @@ def register_datasets(
                 "character: write paths with /, or with \\\\"
             )
         if len(items) == 1:
-            offered[items[0]] = _register_folder(items[0], names, classes, check_images)
+            folders[items[0]] = _look_into(items[0], names)
+            for name, files in folders[items[0]].datasets.items():
+                if name in names:
+                    register_coco_format(name, *files, classes, check_images)
         elif items[0] in names:
             name, json_file, image_root = items
             register_coco_format(
@@ -68,28 +72,35 @@ def register_datasets(
                 classes,
                 check_images,
             )
-    for folder, there in offered.items():
+    for path, folder in folders.items():
         for name in names:
             # It may be another folder's, whose name begins with this one's.
-            if name.startswith(_prefix(folder)) and name not in DatasetCatalog:
-                raise InputError(
-                    f"DATASETS.REGISTER: {folder} has no dataset '{name}', but {name_some(there)}"
+            if name.startswith(_prefix(path)) and name not in DatasetCatalog:
+                raise folder.problem or InputError(
+                    f"DATASETS.REGISTER: {path} has no dataset '{name}', but "
+                    f"{name_some(list(folder.datasets))}"
                 )
     _refuse_classes_of_others(classes, names)
 
 
+class _Folder(NamedTuple):
+    datasets: dict[str, tuple[str, str]]  # name -> annotation file and folder of images
+    problem: InputError | None = None  # why there are none
+
+
 def _prefix(folder: str) -> str:
-    return f"{os.path.basename(os.path.abspath(folder))}_"
+    return f"{os.path.basename(os.path.abspath(_expand(folder)))}_"
 
 
-def _register_folder(
-    path: str, names: Iterable[str], classes: Sequence[str], check_images: bool
-) -> list[str]:
-    """The names of all datasets of the folder, if one of ``names`` may be among them."""
+def _look_into(path: str, names: Iterable[str]) -> _Folder:
+    """Nothing is found or wrong where none of ``names`` can be among the folder's datasets."""
     prefix = _prefix(path)
     if not any(name.startswith(prefix) for name in names):
-        return []
-    folder = _find(prefix[:-1], "folder", path, os.path.isdir)
+        return _Folder({})
+    try:
+        folder = _find(prefix[:-1], "folder", path, os.path.isdir)
+    except InputError as error:
+        return _Folder({}, error)
     splits = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "_annotations.coco.json"))):
         splits[os.path.basename(os.path.dirname(file))] = (file, os.path.dirname(file))
@@ -100,15 +111,12 @@ def _register_folder(
             os.path.join(folder, *parts) for parts in ((split,), ("images", split), ("images",))
         ]
         splits[split] = (file, next(filter(os.path.isdir, roots), folder))
-    if not splits:
-        raise InputError(
-            f"DATASETS.REGISTER: {folder} has neither train/_annotations.coco.json and the like "
-            "nor annotations/instances_*.json: name the files, [name, json_file, image_root]"
-        )
-    for split, files in splits.items():
-        if f"{prefix}{split}" in names:
-            register_coco_format(f"{prefix}{split}", *files, classes, check_images)
-    return [f"{prefix}{split}" for split in splits]
+    problem = InputError(
+        f"DATASETS.REGISTER: {folder} has neither train/_annotations.coco.json and the like "
+        "nor annotations/instances_*.json: name the files, [name, json_file, image_root]"
+    )
+    datasets = {f"{prefix}{split}": files for split, files in splits.items()}
+    return _Folder(datasets, None if datasets else problem)
 
 
 def _refuse_classes_of_others(classes: Sequence[str], names: Iterable[str]) -> None:
@@ -124,7 +132,7 @@ def _refuse_classes_of_others(classes: Sequence[str], names: Iterable[str]) -> N
 
 
 def _find(name: str, kind: str, path: str, exists: Callable[[str], bool]) -> str:
-    expanded = os.path.expanduser(os.path.expandvars(path))
+    expanded = _expand(path)
     # The second is the first again if the path is absolute.
     candidates = (expanded, os.path.join(datasets_root(), expanded))
     for candidate in candidates:
@@ -132,6 +140,10 @@ def _find(name: str, kind: str, path: str, exists: Callable[[str], bool]) -> str
             return candidate
     places = " and ".join(dict.fromkeys(os.path.abspath(candidate) for candidate in candidates))
     raise InputError(f"DATASETS.REGISTER, '{name}': no {kind} '{path}'; looked for {places}")
+
+
+def _expand(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
 
 
 def registered_names(entry: list[str] | str) -> str:

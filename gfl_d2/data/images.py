@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import os
+import struct
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -27,7 +28,7 @@ from ..files import atomic_write
 
 __all__ = [
     "READ_ERRORS", "ImageHeader", "cache_folder", "find_images", "read_headers", "read_image",
-    "to_array", "why_unreadable",
+    "refuse_programs", "to_array", "why_unreadable",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,10 @@ _BEGINNINGS = {
     (0, b"II*\0"): "it is a TIFF file of a kind that Pillow does not know: save it with 8 bits",
     (0, b"MM\0*"): "it is a TIFF file of a kind that Pillow does not know: save it with 8 bits",
 }
+# What may hold an orientation in a PNG file, also behind the pixels (where exiftool writes it).
+_PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 _BATCH = 256
+_CACHE_VERSION = 2  # another one where headers are read otherwise
 
 
 class ImageHeader(NamedTuple):
@@ -178,7 +182,7 @@ def read_headers(image_root: str, paths: Sequence[str]) -> list[ImageHeader | st
     Returns:
         list: a header for each path, or why the file cannot be read, as text.
     """
-    source = repr((os.path.abspath(image_root), ImageHeader._fields))
+    source = repr((os.path.abspath(image_root), ImageHeader._fields, _CACHE_VERSION))
     key = hashlib.blake2b(source.encode(), digest_size=12).hexdigest()
     cache_name = f"{key}.json"
     try:
@@ -215,7 +219,7 @@ def _read_header(path: str, known: dict[str, list]) -> list | str:
         if entry is not None and entry[:2] == state:
             return entry
         with Image.open(path) as image:
-            _refuse_programs(image)
+            refuse_programs(image)
             # The size of a TIFF file is that of the upright picture in some versions of Pillow.
             is_tiff = image.format == "TIFF"
             width, height = (image.tag_v2[tag] for tag in _SIZE) if is_tiff else image.size
@@ -226,8 +230,11 @@ def _read_header(path: str, known: dict[str, list]) -> list | str:
         return why_unreadable(error, path)
 
 
-def _refuse_programs(image: Image.Image) -> None:
-    """Pillow has another program, Ghostscript, execute what is in such a file."""
+def refuse_programs(image: Image.Image) -> None:
+    """
+    To be called before the pixels are read: Pillow has another program, Ghostscript, execute what
+    is in an EPS file. Raises ValueError, one of READ_ERRORS.
+    """
     if image.format == "EPS":
         raise ValueError("it is a program in PostScript: save it as PNG")
 
@@ -235,10 +242,28 @@ def _refuse_programs(image: Image.Image) -> None:
 def _orientation(image: Image.Image) -> int | None:
     """What the EXIF data say; damaged ones say nothing, as in Detectron2."""
     try:
-        # PngImageFile.getexif would decode the pixels, to look for EXIF data behind them.
+        if image.format == "PNG" and _has_metadata_behind_pixels(image.fp):
+            image.load()  # what is behind the pixels is read with them
+        # PngImageFile.getexif would decode the pixels of every file.
         return Image.Image.getexif(image).get(_ORIENTATION)
     except Exception:  # of many kinds
         return None
+
+
+def _has_metadata_behind_pixels(file: IO[bytes]) -> bool:
+    """Of a PNG file, by the heads of its chunks. The position in the file stays."""
+    position, pixels_seen = file.tell(), False
+    file.seek(len(b"\x89PNG\r\n\x1a\n"))
+    try:
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if pixels_seen and kind in _PNG_METADATA:
+                return True
+            pixels_seen |= kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)  # and its checksum
+        return False
+    finally:
+        file.seek(position)
 
 
 def _bits(image: Image.Image) -> int:
@@ -262,7 +287,7 @@ def read_image(path: str, format: str) -> np.ndarray:
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            _refuse_programs(image)
+            refuse_programs(image)
             bits = _bits(image)
             # Pillow turns TIFF files as it reads them; Detectron2 would turn them once more.
             if bits == 8 and image.format != "TIFF":
@@ -297,7 +322,7 @@ def to_array(image: str | os.PathLike | Image.Image | np.ndarray, format: str) -
     if not isinstance(image, Image.Image):
         raise InputError(f"An image is a path, a PIL image or an array, not {type(image).__name__}")
     try:
-        _refuse_programs(image)
+        refuse_programs(image)
         return _convert(image, format, _bits(image))
     except READ_ERRORS as error:  # the file of a PIL image is read only now
         raise InputError(f"Cannot read a PIL image: {why_unreadable(error, '')}") from None

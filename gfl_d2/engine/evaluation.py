@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
+from detectron2.utils.file_io import PathManager
 
 from ..coco_evaluation import COCOeval, evaluate_boxes, max_detections
 from ..errors import InputError
+from ..results import DATASET_FILE
 
 __all__ = ["BoxEvaluator", "build_evaluator", "check_evaluators"]
 
@@ -94,8 +96,10 @@ class BoxEvaluator(evaluation.COCOEvaluator):
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Sequence | None = None) -> None:
         super()._eval_predictions(predictions, img_ids)
+        name, folder = self._metadata.name, self._output_dir
+        with PathManager.open(os.path.join(folder, DATASET_FILE), "w") as file:
+            file.write(name)
         if not self._do_evaluation:
-            name, folder = self._metadata.name, self._output_dir
             logger.info(f"'{name}' has no annotations: predictions are in {folder}, without AP.")
             return
         # COCO's API does not take an empty list.

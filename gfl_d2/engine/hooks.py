@@ -12,7 +12,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import GFLCheckpointer
+from ..checkpoint import BEST_MODEL, GFLCheckpointer
 from ..errors import InputError, name_some
 from ..plain_data import load_torch
 
@@ -30,8 +30,6 @@ class BestModelSaver(HookBase):
     It comes after the hook that evaluates.
     """
 
-    FILE_NAME = "model_best.pth"
-
     def __init__(self, checkpointer: GFLCheckpointer, metric: str, model: nn.Module | None = None):
         """
         Args:
@@ -41,7 +39,7 @@ class BestModelSaver(HookBase):
         """
         self._checkpointer, self._metric = checkpointer, metric
         self._model = checkpointer.model if model is None else model
-        self._path = os.path.join(checkpointer.save_dir, self.FILE_NAME)
+        self._path = os.path.join(checkpointer.save_dir, BEST_MODEL)
         self._best, self._last_seen = -math.inf, -1
 
     def before_train(self) -> None:
@@ -65,7 +63,7 @@ class BestModelSaver(HookBase):
         if self._last_seen < 0 and self.trainer.iter >= self.trainer.max_iter:
             logger.warning(
                 f"No evaluation gave TEST.BEST_CHECKPOINT_METRIC {self._metric!r}: there is no "
-                f"{self.FILE_NAME} of this training."
+                f"{BEST_MODEL} of this training."
             )
 
     def after_step(self) -> None:

@@ -25,7 +25,8 @@ from ..errors import InputError
 from .preemption import SIGNALS, Preempted
 
 __all__ = [
-    "Processes", "add_arguments", "find_processes", "hide_from_log", "joined", "launch", "said_once"
+    "Processes", "add_arguments", "find_processes", "hide_mistakes_from_log", "joined", "launch",
+    "said_once",
 ]  # fmt: skip
 
 _OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -204,7 +205,7 @@ def _call_on_cpu(local_rank: int, processes: Processes, url: str, *call) -> None
 
 def _call(function: Callable, args: tuple, failures: mp.SimpleQueue) -> None:
     # When one process has failed the others lose the connection to it: that is no news.
-    hide_from_log(lambda error: isinstance(error, InputError) or not failures.empty())
+    hide_mistakes_from_log(lambda: not failures.empty())
     try:
         function(*args)
     except InputError as error:
@@ -271,8 +272,15 @@ def _signals_passed_on() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def hide_from_log(is_hidden: Callable[[BaseException], bool]) -> None:
-    """Detectron2 logs what ends a training with its stack trace. Some errors need none."""
-    logging.getLogger("detectron2.engine.train_loop").addFilter(
-        lambda record: not (record.exc_info and is_hidden(record.exc_info[1]))
-    )
+def hide_mistakes_from_log(hides_all: Callable[[], bool] = lambda: False) -> None:
+    """
+    Detectron2 logs what ends a training with its stack trace. A user's mistake, and a loss that is
+    NaN, need none; ``hides_all`` says whether anything else does at the time.
+    """
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        is_mistake = isinstance(error, (InputError, FloatingPointError))
+        return error is None or not (is_mistake or hides_all())
+
+    logging.getLogger("detectron2.engine.train_loop").addFilter(is_shown)

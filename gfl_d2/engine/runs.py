@@ -19,10 +19,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import GFLCheckpointer
+from ..checkpoint import BEST_MODEL, GFLCheckpointer
 from ..errors import InputError
 from ..files import lock_folder, remove_unfinished
-from .hooks import BestModelSaver
 
 __all__ = [
     "check_output_folder", "check_space", "claim_output_folder", "inference_folder",
@@ -32,7 +31,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # What a later training would be mixed with.
-_OF_A_TRAINING = ("last_checkpoint", BestModelSaver.FILE_NAME, "metrics.json")
+_OF_A_TRAINING = ("last_checkpoint", BEST_MODEL, "metrics.json")
 # Names the script that made a folder, which may delete it.
 _MARK = "made_by.txt"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -17,7 +19,33 @@ from ..modeling import GFLCriterion
 from ..modeling.criterion import LossSums
 from .random_state import preserved_random_state
 
-__all__ = ["AccumulatingTrainer", "BFloat16Trainer", "find_criterion", "undivided_losses"]
+__all__ = [
+    "AccumulatingTrainer", "BFloat16Trainer", "find_criterion", "load_step_state",
+    "undivided_losses",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def load_step_state(step: SimpleTrainer, state: dict[str, Any]) -> None:
+    """
+    Load the ``state_dict`` of a step: its optimizer's state, and its scaler's, which starts anew if
+    there is none.
+
+    Raises:
+        InputError: it is the state of another optimizer, or of other groups of parameters.
+    """
+    ours = step.state_dict()
+    if "grad_scaler" in ours and "grad_scaler" not in state:
+        logger.warning("The checkpoint is not of float16: the scaler of losses starts anew.")
+        state = {**state, "grad_scaler": ours["grad_scaler"]}
+    kinds = ["betas" in x["optimizer"]["param_groups"][0] for x in (state, ours)]
+    if kinds[0] != kinds[1]:
+        raise InputError("The optimizer is not that of the checkpoint")
+    try:
+        step.load_state_dict(state)
+    except ValueError as error:
+        raise InputError(f"The checkpoint's optimizer does not fit: {error}") from None
 
 
 class BFloat16Trainer(SimpleTrainer):

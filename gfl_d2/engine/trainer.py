@@ -33,7 +33,7 @@ from .preemption import Preemption
 from .random_state import seed_random_state
 from .runs import check_output_folder, check_space, claim_output_folder, inference_folder
 from .solver import build_optimizer, describe_changes, override_groups, scale_to_batch
-from .steps import AccumulatingTrainer, BFloat16Trainer, find_criterion
+from .steps import AccumulatingTrainer, BFloat16Trainer, find_criterion, load_step_state
 from .validation import evaluate_losses
 from .writers import build_writer
 
@@ -245,24 +245,14 @@ class Trainer(ParallelTrainer):
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
             return
-        steps, ours = dict(state_dict["_trainer"]), self._trainer.state_dict()
-        if "grad_scaler" in ours and "grad_scaler" not in steps:
-            logger.warning("The checkpoint is not of SOLVER.AMP: the scaler of losses starts anew.")
-            steps["grad_scaler"] = ours["grad_scaler"]
-        saved = steps["optimizer"]["param_groups"]
-        if ("betas" in saved[0]) != ("betas" in groups[0]):
-            raise InputError(
-                f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER} is not that of the checkpoint: keep "
-                f"it at --resume, or {_START_ANEW}"
-            )
         try:
-            self._trainer.load_state_dict(steps)
-        except ValueError as error:
+            load_step_state(self._trainer, state_dict["_trainer"])
+        except InputError as error:
             # Detectron2 groups parameters of the same learning rate and decay.
             raise InputError(
-                f"The checkpoint's optimizer does not fit: {error}. MODEL.BACKBONE.FREEZE_AT and "
-                "which of the SOLVER keys LAYER_DECAY, BIAS_LR_FACTOR and WEIGHT_DECAY_… are set "
-                f"must stay as they are at --resume: keep them, or {_START_ANEW}"
+                f"{error}. SOLVER.OPTIMIZER, MODEL.BACKBONE.FREEZE_AT and which of the SOLVER keys "
+                "LAYER_DECAY, BIAS_LR_FACTOR and WEIGHT_DECAY_… are set must stay as they are at "
+                f"--resume: keep them, or {_START_ANEW}"
             ) from None
         changed = describe_changes(groups, self.optimizer.param_groups)
         overrides = self.cfg.SOLVER.OVERRIDE_ON_RESUME
