@@ -46,6 +46,18 @@ def loggers_as_they_were():
         logger.setLevel(level)
 
 
+@pytest.fixture
+def logged_by_training():
+    """What Detectron2 logs of a training that ends with an error: a list that fills."""
+    logger, handler = logging.getLogger("detectron2.engine.train_loop"), logging.Handler()
+    filters, records = logger.filters[:], []
+    handler.emit = records.append
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+    logger.filters = filters
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
     """A test that connects to another machine fails."""

@@ -189,11 +189,24 @@ def test_resuming_needs_every_parameter(tmp_path):
 
 def test_last_checkpoint_is_gone(tmp_path):
     checkpointer = GFLCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    for name in ("model_1", "model_2"):
+    for name in ("model_1", "model_2", "model_best", "model_3"):
         checkpointer.save(name)
-    (tmp_path / "model_2.pth").unlink()
-    with pytest.raises(InputError, match=r"names 'model_2\.pth', .* into it \(model_1\.pth\)"):
+    (tmp_path / "model_3.pth").unlink()
+    match = r"names 'model_3\.pth', .* into it \(model_2\.pth, model_1\.pth\)"
+    with pytest.raises(InputError, match=match):
         checkpointer.resume_or_load("")
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    model, step = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    GFLCheckpointer(model, str(tmp_path)).save("model_best")
+    match = r"model_best\.pth has weights, but no state of a training"
+    with pytest.raises(InputError, match=match):
+        GFLCheckpointer(model, str(tmp_path), trainer=step).resume_or_load("")
+    training = GFLCheckpointer(model, str(tmp_path), trainer=step)
+    training.resume_or_load(str(tmp_path / "model_best.pth"), resume=False)
+    training.save("model_1")
+    training.resume_or_load("")
 
 
 def test_resuming_with_classes_in_another_order(tmp_path):
@@ -224,6 +237,9 @@ def test_states_that_could_not_be_resumed(tmp_path, value):
     hook = Stateful(best=[0, value])
     checkpointer = GFLCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), hook=hook)
     with pytest.raises(InputError, match=r"resumed: hook\.best\[1\] is a .*state_dict\(\)"):
+        checkpointer.save("model_1")
+    hook.state = {"best": {np.int64(3): 1.0}}
+    with pytest.raises(InputError, match=r"resumed: hook\.best\.3 is a numpy\.int64"):
         checkpointer.save("model_1")
     assert list(tmp_path.iterdir()) == []
 

@@ -8,6 +8,7 @@ from detectron2.engine import HookBase
 
 from gfl_d2.checkpoint import GFLCheckpointer
 from gfl_d2.engine import Trainer
+from gfl_d2.engine.launch import hide_mistakes_from_log
 from gfl_d2.errors import InputError
 from test_exact_resume import make_config
 from toy_training import write_dataset
@@ -44,7 +45,8 @@ def last_checkpoint(trainer):
     return checkpointer.resume_or_load("")["iteration"]
 
 
-def test_a_weight(tmp_path):
+def test_a_weight(tmp_path, logged_by_training):
+    hide_mistakes_from_log()
     trainer = make_trainer(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 2, iteration=4)
     with pytest.raises(InputError) as info:
         trainer.train()
@@ -54,6 +56,7 @@ def test_a_weight(tmp_path):
     names = [x["file_name"].rpartition("/")[2] for x in trainer._trainer.data_loader.last_batch]
     assert names and all(name in text for name in names)
     assert last_checkpoint(trainer) == 3
+    assert not any(record.exc_info for record in logged_by_training)
 
 
 def test_nothing_is_saved_over_it(tmp_path):

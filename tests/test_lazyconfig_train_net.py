@@ -173,6 +173,7 @@ def test_a_key_whose_value_is_none_can_be_set(dataset):
 
 def test_a_folder_in_which_a_training_runs(dataset):
     (dataset / "output").mkdir()
+    (dataset / "output" / "config.yaml").write_text("that of the other")
     program = "import sys; from gfl_d2.files import lock_folder; lock = lock_folder(sys.argv[1]); "
     program += "print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(dataset / "output")]
@@ -181,7 +182,47 @@ def test_a_folder_in_which_a_training_runs(dataset):
         message = error_of(dataset)
         other.stdin.close()
     assert "training" in message
-    assert not (dataset / "output" / "model_final.pth").exists()
+    assert {path.name for path in (dataset / "output").iterdir()} == {
+        "config.yaml",
+        "training.lock",
+    }
+    assert (dataset / "output" / "config.yaml").read_text() == "that of the other"
+
+
+def test_what_cannot_be_resumed(dataset):
+    run(dataset, opts=["train.max_iter=2", "train.eval_period=0"])
+    message = error_of(dataset, "--resume", opts=["optimizer.params.weight_decay_bias=0.5"])
+    assert "optimizer does not fit" in message and "train.init_checkpoint" in message
+
+
+def test_float16_of_a_training_on_gpus(dataset):
+    """Evaluation has no part in it."""
+    opts = ["train.amp.enabled=true"]
+    run(dataset, opts=["train.max_iter=1", "train.eval_period=0"])
+    run(dataset, "--eval-only", "--resume", opts=opts)
+    assert "float16 for GPUs" in error_of(dataset, "--resume", opts=opts)
+
+
+def test_a_loss_that_is_no_number(dataset, logged_by_training):
+    message = error_of(dataset, opts=["optimizer.lr=1.0e30", "train.clip_gradients=null"])
+    assert "infinite or NaN" in message
+    assert not any(record.exc_info for record in logged_by_training)
+
+
+@pytest.mark.slow
+def test_two_processes(dataset):
+    program = str(ROOT / "tools" / "lazyconfig_train_net.py")
+    command = [sys.executable, program, "--config-file", LAZY, "--num-processes", "2"]
+    command += overrides(dataset, "train.max_iter=2")
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE}
+    result = subprocess.run(command, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    assert "bbox/AP" in set().union(*read_metrics(dataset / "output"))
+    assert read_weights(dataset / "output" / "model_final.pth", "iteration") == 1
+    command.insert(2, "--num-gpus=2")
+    result = subprocess.run(command, text=True, **options)
+    assert result.returncode == 1
+    assert "give one" in result.stderr.splitlines()[-1]
 
 
 def test_a_signal_saves_first(dataset, monkeypatch):
