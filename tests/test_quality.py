@@ -118,7 +118,7 @@ def make_predictions(logits=None, quality=None):
     return Predictions(logits or make_logits(), [], quality or make_logits(1, seed=1))
 
 
-def focal_loss(logits, samples, alpha=0.25):
+def focal_loss(logits, samples, alpha=0.25, gamma=2.0):
     """Of every valid location and class, one at a time: (N, R, C) as nested lists."""
     losses, logits = np.zeros((N, R, C)), flatten(logits).detach()
     labels = spread(samples, samples.classes, C)
@@ -129,7 +129,7 @@ def focal_loss(logits, samples, alpha=0.25):
                 is_positive = int(labels[i, j]) == c
                 p_t, alpha_t = (p, alpha) if is_positive else (1 - p, 1 - alpha)
                 if VALID[i, j]:
-                    losses[i, j, c] = -alpha_t * (1 - p_t) ** 2 * math.log(p_t)
+                    losses[i, j, c] = -alpha_t * (1 - p_t) ** gamma * math.log(p_t)
     return losses
 
 
@@ -294,12 +294,12 @@ class TestDistributionGuidedQuality:
 
 
 class TestNoQuality:
-    @pytest.mark.parametrize("alpha", [0.25, 0.6])
-    def test_is_focal_loss(self, alpha):
+    @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 1.5)])
+    def test_is_focal_loss(self, alpha, gamma):
         predictions = make_predictions()
-        samples, quality = make_samples(predictions), NoQuality(alpha=alpha, weight=2.0)
+        samples, quality = make_samples(predictions), NoQuality(alpha, gamma, weight=2.0)
         losses = quality.losses(predictions, LEVELS, samples)
-        expected = 2 * focal_loss(predictions.class_logits, samples, alpha).sum()
+        expected = 2 * focal_loss(predictions.class_logits, samples, alpha, gamma).sum()
         assert float(losses["loss_cls"]) == pytest.approx(expected)
         assert (quality.box_weights(predictions, samples) == 1).all()
 
