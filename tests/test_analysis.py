@@ -98,6 +98,7 @@ class TestAnalyze:
         assert analyses[1].facts == analyses[2].facts
         assert "| 8 of 30 " in format_report(analyses[1])
 
+    @pytest.mark.slow
     def test_class_names_of_any_script_in_the_picture(self, register, tmp_path):
         for name in ("one", "two", "test"):
             register(name, [make_record(0, [[9, 9, 40, 40]] * 2, [0, 1])], ("\u732b", "$x^$"))
@@ -106,6 +107,7 @@ class TestAnalyze:
             save_picture(tmp_path / "a.png", analyze(self.config()))
         assert cv2.imread(str(tmp_path / "a.png")).std() > 20
 
+    @pytest.mark.slow
     def test_a_box_far_larger_than_its_image_in_the_picture(self, register, tmp_path):
         cv2.imwrite(str(tmp_path / "0.png"), np.zeros((192, 256, 3), np.uint8))
         boxes = [[0, 0, 90000, 10], [9, 9, 40, 40], [-90000, 9, 40, 40]]
@@ -163,6 +165,7 @@ class TestCommand:
         monkeypatch.setattr("sys.argv", ["analyze_dataset", *common, *opts])
         analyze_dataset.main()
 
+    @pytest.mark.slow
     def test_all_it_writes(self, monkeypatch, clean_catalogs, data, tmp_path, capsys):
         opts = ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64)
         self.run(monkeypatch, data, tmp_path / "a" / "b", *opts)

@@ -62,6 +62,7 @@ def refuse(run, *arguments, **options) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_all_that_it_writes(run, tmp_path, capsys):
     """With a class whose name is no HTML and no mathematics."""
     path, name = tmp_path / "pets" / "a.json", "<script>alert(1)</script> & $x^2"
@@ -129,6 +130,7 @@ def test_several_results_are_compared(run, tmp_path, capsys):
     assert ap50 == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_fitted_and_applied(run, tmp_path, capsys):
     pytest.importorskip("sklearn")
     # Twelve more cats and dogs, above the others. Cats are found with an IoU of 1, dogs of 0.5.

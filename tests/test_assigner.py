@@ -256,6 +256,7 @@ def test_more_boxes_than_anchors():
     assert torch.equal(assign(levels, gt), expected)
 
 
+@pytest.mark.slow
 def test_five_thousand_boxes():
     levels, gt = make_levels(1024, 1024), random_gt(5000, 1024, 1024, seed=0)
     assigned = assign(levels, gt)

@@ -163,6 +163,7 @@ def test_the_order_of_channels_makes_no_difference(name):
     np.testing.assert_array_equal(of_bgr[:, :, ::-1], changed)
 
 
+@pytest.mark.slow
 def test_factors():
     """Those of PIL's ImageEnhance; brightness and contrast of grey images too."""
     grey = np.full((2, 2, 1), 100, np.uint8)
@@ -177,6 +178,7 @@ def test_factors():
     assert 19 <= min(spans) < 22 and 58 < max(spans) <= 61
 
 
+@pytest.mark.slow
 def test_lighting_is_alexnets():
     """Standard deviations of its sums over eigenvectors, of images in [0, 1]."""
     image = np.full((1, 1, 3), 128, np.uint8)

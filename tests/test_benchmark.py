@@ -61,6 +61,7 @@ def test_precisions_side_by_side(monkeypatch, tmp_path, mode):
     assert set(dtypes) == {torch.float32, torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_growth(monkeypatch, tmp_path):
     skip = ["--skip", "RetinaNet", "FCOS"]
     sizes = []
@@ -93,6 +94,7 @@ def test_what_does_not_run_is_left_out(monkeypatch, tmp_path, capsys):
     assert "FCOS is left out: RuntimeError: not in this precision" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compiled_models(monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(
@@ -121,6 +123,7 @@ def test_skip_and_others(monkeypatch, tmp_path):
     assert list(report["results"]) == ["GFL", "gfl_R_18_FPN_demo"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     "build",

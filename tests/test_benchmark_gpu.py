@@ -59,6 +59,7 @@ def test_everything_runs(monkeypatch, tmp_path, capsys, small_models):
     assert "error of gradients" in printed
 
 
+@pytest.mark.slow
 def test_what_fails_or_is_late_is_named(tmp_path, capsys):
     def fail():
         raise RuntimeError("out of memory")
@@ -76,6 +77,7 @@ def test_what_fails_or_is_late_is_named(tmp_path, capsys):
     assert saved["two"] == {"x": 1.5}
 
 
+@pytest.mark.slow
 def test_check_of_inference_finds_errors(monkeypatch, small_models):
     result = gpu.check_inference(SMALL)
     assert result["float32"]["error of logits"] == 0
@@ -94,6 +96,7 @@ def test_check_of_inference_finds_errors(monkeypatch, small_models):
     assert result["bfloat16"]["error of logits"] < 0.1
 
 
+@pytest.mark.slow
 def test_check_of_training(small_models):
     result = gpu.check_training(SMALL)
     assert result == {"error of losses": 0, "error of gradients": 0}

@@ -307,6 +307,7 @@ def test_error_while_saving_leaves_the_last_checkpoint(tmp_path):
     assert names == {"last_checkpoint", "model_final.pth"}
 
 
+@pytest.mark.slow
 def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path):
     code = f"import test_checkpoint as t; t.save_twice({str(tmp_path)!r}, t.Bomb())"
     folder = Path(__file__).parent
@@ -347,6 +348,7 @@ def save_config(path, text):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_config_of_a_checkpoint_is_the_one_that_was_saved(config):
     cfg = load_config(str(config), ["MODEL.DEVICE", "cpu"])

@@ -64,6 +64,7 @@ def combinations(draw) -> tuple[str, ...]:
     return tuple(draw(st.sampled_from(TOPICS[topic])) for topic in TOPICS if topic in topics)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(names=combinations())
 def test_combinations_are_read(names):

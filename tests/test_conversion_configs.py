@@ -260,6 +260,7 @@ def test_weights_of_a_backbone_get_no_config(tmp_path):
     assert set(converted(tmp_path, bare(resnet((3, 4, 23, 3))))) == {"model"}
 
 
+@pytest.mark.slow
 def test_checkpointers_load_all_without_a_word(tmp_path, caplog):
     result = from_mmdet(checkpoint(detector(classes=3, num_convs=1)))
     write_checkpoint(result.content, tmp_path / "weights.pth")

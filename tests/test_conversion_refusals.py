@@ -49,6 +49,7 @@ REQUIRED = [n for n in NAMES if "num_batches_tracked" not in n and "project" not
 SOME = settings(max_examples=15)
 
 
+@pytest.mark.slow
 @SOME
 @given(st.sampled_from(REQUIRED))
 def test_missing_key_is_refused(name):
@@ -76,11 +77,13 @@ def test_missing_key_is_refused(name):
         ),
     )
 )  # fmt: skip
+@pytest.mark.slow
 def test_extra_key_is_refused(name):
     message = refusal(from_mmdet, checkpoint({**WEIGHTS, name: torch.zeros(1)}))
     assert f"Not in the model (1): {name}" in message
 
 
+@pytest.mark.slow
 @SOME
 @given(st.sampled_from(NAMES), st.data())
 def test_wrong_shape_is_refused(name, data):

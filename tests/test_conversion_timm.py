@@ -65,6 +65,7 @@ def as_efficientnet_pytorch(weights):
     return renamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("is_named", [False, True])
 @torch.no_grad()
@@ -152,6 +153,7 @@ def test_what_is_wrong_is_named():
     assert "layer1.0.conv1.weight is (1,), not (" in message
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(tmp_path):
     path = save(whole_model("test_convnext").state_dict(), tmp_path / "in.pth")
     message = run_tool(path, tmp_path / "out.pth", "--config-file", BCCD)

@@ -145,6 +145,7 @@ def test_at_least_half_of_an_object_can_be_seen(monkeypatch):
     assert overlaps >= 5  # occlusion does occur
 
 
+@pytest.mark.slow
 def test_variety():
     boxes, labels = [], []
     for index in range(60):

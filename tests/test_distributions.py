@@ -153,6 +153,7 @@ def test_page_in_a_browser(tmp_path):
     assert "<title>Distributions: image.jpg</title>" in dom
 
 
+@pytest.mark.slow
 def test_picture():
     """One detection in detail makes it higher, and what is drawn changes it."""
     targets = torch.full((2, 4), torch.nan)
@@ -235,6 +236,7 @@ def test_images_of_a_dataset(clean_catalogs):
         visualize.find_record(cfg, "four", "1.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", [(), ("--dataset", "one")])
 def test_tool(trained, dataset, monkeypatch, capsys):
     folder = trained.parent

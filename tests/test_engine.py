@@ -207,6 +207,7 @@ def test_what_resuming_takes_from_the_checkpoint(make_trainer, caplog, key):
     assert "MODEL.WEIGHTS" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [("SGD", "AdamW"), ("AdamW", "SGD")])
 def test_another_optimizer_cannot_be_resumed(make_trainer, first, then):
     state = make_trainer("SOLVER.OPTIMIZER", first).state_dict()

@@ -41,6 +41,7 @@ def cfg(tmp_path, clean_catalogs):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -214,6 +214,7 @@ def without_annotations(folder) -> None:
     register_coco_instances("unlabelled", {}, json_file, str(folder / "images"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tested", [("unlabelled",), ("toy_val", "unlabelled")])
 def test_training_with_a_test_set_without_annotations(tmp_path, clean_catalogs, caplog, tested):
     write_dataset(tmp_path)

@@ -91,6 +91,7 @@ def test_same_as_the_model(run, class_agnostic, number, limit):
         assert (scores[i, count:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [run_onnx, run_openvino, run_torch])
 def test_nothing_found(run):
     boxes, scores, labels = make_candidates(20)

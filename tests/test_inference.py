@@ -158,6 +158,7 @@ def test_copies_have_weights_of_their_own(prepared, copied):
     assert_same_detections(detect(prepared), expected)
 
 
+@pytest.mark.slow
 def test_threads_give_what_one_gives(prepared):
     sizes = [(64, 96), (96, 64), (128, 160), (65, 97)] * 8
     random.Random(0).shuffle(sizes)
@@ -192,6 +193,7 @@ def test_autocast_of_the_user_stays_in_force():
 # torch.compile
 
 
+@pytest.mark.slow
 def test_compiled_parts_are_used(monkeypatch):
     """Compilation itself is PyTorch's; here it does as little as it can."""
     cfg = load("gfl_R_18_FPN_bccd", "TEST.COMPILE", "default")
@@ -311,6 +313,7 @@ def test_predictor_of_a_checkpoint_alone(tmp_path, clean_catalogs, kind):
     assert len(changed(IMAGE)["instances"]) == 3
 
 
+@pytest.mark.slow
 def test_names_of_the_classes(tmp_path, clean_catalogs):
     """The checkpoint's, whatever the catalog calls them; the catalog is unchanged."""
     path = tmp_path / "model_final.pth"

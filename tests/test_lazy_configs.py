@@ -81,6 +81,7 @@ def test_published_models_are_there():
     assert published | rows | one_each | set(FAMILIES) <= set(CONFIGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_modules_and_optimizer(name):
     cfg = load_lazy(name)

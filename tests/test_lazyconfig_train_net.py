@@ -71,6 +71,7 @@ def read_weights(path, key="model") -> dict:
     return torch.load(path, weights_only=False)[key]
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_detect(dataset):
     run(dataset)
     output = dataset / "output"
@@ -99,6 +100,7 @@ def test_train_evaluate_and_detect(dataset):
     assert len(Predictor(load_config(CONFIG, opts))(image)["instances"]) > 0
 
 
+@pytest.mark.slow
 def test_resumed_training_goes_on(dataset):
     run(dataset, opts=["train.max_iter=2"])
     output = dataset / "output"
@@ -120,6 +122,7 @@ def test_resumed_training_goes_on(dataset):
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_averages_are_evaluated_and_saved(dataset):
     run(dataset, opts=["train.ema.enabled=True", "train.ema.decay=0.5", "train.ema.warmup=0"])
     final, best = (dataset / "output" / f"model_{name}.pth" for name in ("final", "best"))
@@ -164,6 +167,7 @@ def test_mistakes_are_one_line(dataset):
     assert not (dataset / "output" / "model_final.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_key_whose_value_is_none_can_be_set(dataset):
     run(dataset, opts=["train.max_iter=4", "train.eval_period=0", "train.checkpointer.period=1",
                        "train.checkpointer.max_to_keep=1"])  # fmt: skip
@@ -171,6 +175,7 @@ def test_a_key_whose_value_is_none_can_be_set(dataset):
     assert kept == {"model_0000003.pth", "model_final.pth"}
 
 
+@pytest.mark.slow
 def test_a_folder_in_which_a_training_runs(dataset):
     (dataset / "output").mkdir()
     (dataset / "output" / "config.yaml").write_text("that of the other")
@@ -189,12 +194,14 @@ def test_a_folder_in_which_a_training_runs(dataset):
     assert (dataset / "output" / "config.yaml").read_text() == "that of the other"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed(dataset):
     run(dataset, opts=["train.max_iter=2", "train.eval_period=0"])
     message = error_of(dataset, "--resume", opts=["optimizer.params.weight_decay_bias=0.5"])
     assert "optimizer does not fit" in message and "train.init_checkpoint" in message
 
 
+@pytest.mark.slow
 def test_float16_of_a_training_on_gpus(dataset):
     """Evaluation has no part in it."""
     opts = ["train.amp.enabled=true"]

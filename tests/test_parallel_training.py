@@ -118,6 +118,7 @@ def test_two_processes_evaluate_as_one(trained, how):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("opts", "pattern"),
     [
@@ -134,6 +135,7 @@ def test_mistakes(trained, opts, pattern):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_machines_with_other_checkpoints(trained, monkeypatch):
     """As where each has its own disk."""
     gather = trainer.comm.all_gather

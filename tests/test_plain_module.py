@@ -121,6 +121,7 @@ def test_torch_compile(choices):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_eight_threads():
     """Images of several sizes at once give what they give alone."""
     model = build("joint", "general", "atss", *WITH_RESNET)

@@ -62,6 +62,7 @@ def train(folder, *opts, number=None, iteration=None, resume=False):
     return trainer.iter, 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal(dataset, number):
     """To workers too, as schedulers send it. A checkpoint of the same iteration is not repeated."""

@@ -35,6 +35,7 @@ def test_average_precision(real_data, tmp_path, name, expected):
     assert [result["AP50"], result["AP75"]] == pytest.approx(expected[1:], abs=0.07)
 
 
+@pytest.mark.slow
 def test_figures_of_the_uncertainty(real_data):
     """The column "COCO" of the first table, and the first two rows of the second."""
     pairs = []

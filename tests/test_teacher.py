@@ -71,6 +71,7 @@ def run(folder, *args, opts=()):
     return train_net.main(default_argument_parser().parse_args(command))
 
 
+@pytest.mark.slow
 def test_training_with_a_teacher(dataset):
     """The losses are logged, and nothing of the teacher is in what is saved."""
     save_teacher(dataset)
@@ -117,6 +118,7 @@ def test_the_teacher_belongs_to_the_trainer(dataset):
         assert copied.state_dict().keys() == made.model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_the_teacher_stays_as_it_is(dataset):
     """Its predictions, but for the rounding of folded BatchNorms, are those of its file."""
     teacher = save_teacher(dataset)
@@ -160,6 +162,7 @@ def test_a_student_starts_as_without_a_teacher(dataset):
     assert all(torch.equal(*pair) for pair in zip(*weights))
 
 
+@pytest.mark.slow
 def test_teacher_and_student_run_in_the_same_autocast(dataset, monkeypatch):
     dtypes = set()
     forward = GFLHead.forward
@@ -271,6 +274,7 @@ def test_terms_and_teacher_need_each_other(dataset, key, value):
     assert key in message
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_the_teachers_config(dataset):
     save_teacher(dataset)
     content = torch.load(dataset / "teacher.pth", weights_only=True)

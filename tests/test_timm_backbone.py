@@ -45,6 +45,7 @@ def config(name, *opts):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_features_are_those_of_the_whole_model(name):
@@ -71,6 +72,7 @@ def test_features_are_those_of_the_whole_model(name):
         assert_close(value, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gfl_swin_tiny_FPN_1x", "gfl_convnext_tiny_FPN_1x"])
 def test_configs_train(name):
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *SMALL_HEAD]
@@ -188,6 +190,7 @@ def test_layer_decay():
 # A plain module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_copies(name):
@@ -204,6 +207,7 @@ def test_copies(name):
         assert torch.equal(copied(inputs)[0]["instances"].scores, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_convnext", LITE])
 @torch.no_grad()
 def test_traced_for_other_sizes(name):

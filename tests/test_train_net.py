@@ -86,6 +86,7 @@ def main_error(*args) -> str:
     return caught.value.code
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_checkpoint_alone(dataset):
     run(dataset)
     weights = ["MODEL.WEIGHTS", str(dataset / "output" / "model_final.pth")]
@@ -113,6 +114,7 @@ def test_neither_config_nor_checkpoint(dataset):
     assert "old.pth carries no config" in main_error("--eval-only", *weights)
 
 
+@pytest.mark.slow
 def test_diagnostics_are_logged_with_the_losses(dataset):
     run(dataset, opts=["SOLVER.MAX_ITER", 20, "TEST.EVAL_PERIOD", 0])
     names = {"total_loss", "gfl/pos_quality", "gfl/num_pos_per_image"}
@@ -134,6 +136,7 @@ def test_several_datasets_to_test(dataset):
         assert (folder / "coco_instances_results.json").is_file()
 
 
+@pytest.mark.slow
 def test_resumed_training_is_uninterrupted_training(dataset):
     """Weights and momentum, on a single image so that the order is the same."""
     data = json.loads((dataset / "instances.json").read_text())
@@ -167,6 +170,7 @@ def relative_difference(expected, actual) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 def test_bfloat16_training(dataset, monkeypatch):
     dtypes = set()
     forward = GFLHead.forward
@@ -185,6 +189,7 @@ def test_bfloat16_training(dataset, monkeypatch):
     assert all(w.isfinite().all() for w in weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_channels_last", [False, True])
 def test_memory_format_in_training(dataset, monkeypatch, is_channels_last):
     formats = set()
@@ -200,6 +205,7 @@ def test_memory_format_in_training(dataset, monkeypatch, is_channels_last):
     assert formats == {is_channels_last}
 
 
+@pytest.mark.slow
 def test_compiled_training(dataset, monkeypatch):
     """Compilation itself is PyTorch's; here the parts run as they are."""
     compiled = []
@@ -210,6 +216,7 @@ def test_compiled_training(dataset, monkeypatch):
     assert compiled == [("FPN", "reduce-overhead"), ("GFLHead", "reduce-overhead")]
 
 
+@pytest.mark.slow
 def test_clipping_of_the_whole_gradient(dataset):
     """With a tiny limit, weights hardly move; momentum and decay are off."""
     opts = ["SOLVER.BASE_LR", 1.0, "SOLVER.MOMENTUM", 0.0, "SOLVER.WEIGHT_DECAY", 0.0,
@@ -244,6 +251,7 @@ def test_number_of_classes(dataset):
     assert not (dataset / "output").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_start_overwrites_nothing(dataset):
     run(dataset)
     output = dataset / "output"

@@ -120,6 +120,7 @@ def fake_service(monkeypatch, name, **functions):
     monkeypatch.setitem(sys.modules, name, module)
 
 
+@pytest.mark.slow
 def test_all_keys_together(dataset, train, monkeypatch):
     logged = []
     run = SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)),
@@ -158,6 +159,7 @@ def test_all_keys_together(dataset, train, monkeypatch):
     assert [e.step for e in events.Images("detections/0")] == [1, 3]
 
 
+@pytest.mark.slow
 def test_what_watches_a_training_does_not_change_it(dataset, train):
     """Weights and statistics of BatchNorm, with flips and sizes drawn in this process."""
     common = ["INPUT.MIN_SIZE_TRAIN", "(48, 64)", "SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1]
@@ -186,6 +188,7 @@ def test_writers_write_each_scalar_once(monkeypatch):
 # Averages of weights
 
 
+@pytest.mark.slow
 def test_averages_are_those_of_the_definition(dataset, train):
     recorder = Recorder()
     trainer = train("run", *EMA, "SOLVER.MAX_ITER", 5, "SOLVER.BASE_LR", 0.05, hooks=[recorder])
@@ -211,6 +214,7 @@ def test_averages_are_those_of_the_definition(dataset, train):
     assert number > 60
 
 
+@pytest.mark.slow
 def test_averages_are_evaluated(dataset, train, caplog):
     trainer = train("run", *EMA, "SOLVER.BASE_LR", 0.05)
     content = read(dataset / "run")

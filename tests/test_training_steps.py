@@ -208,11 +208,13 @@ def test_processes_average_alike(of_two_processes):
         assert torch.equal(value, first["own"][name]), name
 
 
+@pytest.mark.slow
 def test_processes_stop_together(of_two_processes):
     assert of_two_processes[0]["end"] == (3, ("model_final", 3))
     assert of_two_processes[1]["end"] == (3, None)
 
 
+@pytest.mark.slow
 def test_parts_in_two_processes_are_one_batch(of_two_processes):
     (losses_0, gradients_0, _), (_, gradients_1, _) = (r["step"] for r in of_two_processes)
     for name, gradient in gradients_0.items():
