@@ -156,6 +156,14 @@ def test_unknown_image(data):
     assert "known: 1, 2. Add the image, or delete the annotation" in message
 
 
+def test_an_annotation_without_id_is_named_by_its_place(data):
+    del data.coco["annotations"][1]["id"]
+    for image_id, image in ((99, "99"), ([1], "[1]")):
+        data.coco["annotations"][1]["image_id"] = image_id
+        message = data.error()
+        assert f"item 1 of 'annotations' (image {image}, unknown; category 3) is of" in message
+
+
 @pytest.mark.parametrize("category_id", [5, [7], None])
 def test_unknown_category(data, category_id):
     data.coco["annotations"][1]["category_id"] = category_id

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gfl_d2.data import images
-from gfl_d2.data.images import find_images, read_headers, read_image
+from gfl_d2.data.images import find_images, read_headers, read_image, to_array, why_unreadable
 from gfl_d2.errors import InputError
 
 
@@ -88,6 +88,13 @@ def test_names_alike(tmp_path):
         "c.jpg",
         None,
     ]
+    assert ways == {ALIKE: 1}
+
+
+def test_a_folder_of_that_very_name_is_not_another(tmp_path):
+    touch(tmp_path, "b/x.jpg", "B/y.jpg")
+    paths, ways = find_images(str(tmp_path), ["b/X.jpg"])
+    assert paths == [str(tmp_path / "b" / "x.jpg")]
     assert ways == {ALIKE: 1}
 
 
@@ -237,3 +244,30 @@ def test_no_cache(tmp_path, monkeypatch, caplog):
     (header,) = read_headers(str(tmp_path), [str(tmp_path / "a.png")])
     assert header[:2] == (9, 7)
     assert "The headers of images cannot be kept: " in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 1), (1, 1, 3), (1, 1, 4)])
+def test_an_image_may_have_one_pixel(shape):
+    image = to_array(np.full(shape, 7, dtype=np.uint8), "RGB")
+    assert (image == 7).all()
+    assert image.shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((0, 3), np.uint8), np.zeros((2, 2)), np.zeros((2, 2, 2), np.uint8), np.zeros(3)],
+)
+def test_arrays_that_are_no_images(array):
+    with pytest.raises(InputError) as error:
+        to_array(array, "RGB")
+    assert str(error.value) == (
+        "An image as an array is uint8 or uint16, of shape (H, W) or (H, W, 1, 3 or 4), not "
+        f"{array.dtype} of shape {array.shape}"
+    )
+
+
+def test_why_an_image_cannot_be_read(tmp_path):
+    unknown = Image.UnidentifiedImageError()
+    assert why_unreadable(unknown, str(tmp_path / "elsewhere.jpg")) == "it is not an image"
+    assert why_unreadable(ValueError("two\n lines"), "") == "two lines"
+    assert why_unreadable(ValueError(), "") == "ValueError: "

@@ -142,9 +142,20 @@ def test_normalized_boxes_are_refused(data):
 @pytest.mark.parametrize(
     ("size", "exif", "hint"),
     [
-        ((HEIGHT, WIDTH), True, "before the EXIF rotation"),
-        ((HEIGHT, WIDTH), False, "Width and height are swapped"),
-        ((WIDTH // 2, HEIGHT // 2), False, "resized copies"),
+        (
+            (HEIGHT, WIDTH),
+            True,
+            "The file has the sizes before the EXIF rotation, which is applied here. If the boxes "
+            "are of the upright pictures, swap width and height in the file; else remove the EXIF "
+            "orientation from the images",
+        ),
+        ((HEIGHT, WIDTH), False, "Width and height are swapped in the file: swap them back"),
+        (
+            (WIDTH // 2, HEIGHT // 2),
+            False,
+            "If the boxes are right for the images as they are, remove width and height from the "
+            "file; if the images are resized copies, use the original ones",
+        ),
     ],
 )
 def test_sizes_that_are_not_those_of_the_images(data, size, exif, hint):
@@ -157,7 +168,18 @@ def test_sizes_that_are_not_those_of_the_images(data, size, exif, hint):
     message = data.error()
     assert "2 of the 2 images" in message
     assert f"1.png is {WIDTH}x{HEIGHT}, not {size[0]}x{size[1]}" in message
-    assert hint in message
+    assert message.endswith(f" {hint}")
+
+
+def test_three_of_many_wrong_sizes_are_shown(data):
+    for i in range(3, 6):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(data.image_root / f"{i}.png")
+        data.coco["images"].append({**data.coco["images"][0], "id": i, "file_name": f"{i}.png"})
+    for image in data.coco["images"]:
+        image["width"] = WIDTH + image["id"]
+    sizes = (f"{i}.png is {WIDTH}x{HEIGHT}, not {WIDTH + i}x{HEIGHT}" for i in (1, 2, 3))
+    shown = ", ".join(sizes)
+    assert f"have another size than it says: {shown} and 2 more. If" in data.error()
 
 
 # DATASETS.CLASSES
@@ -183,6 +205,46 @@ def test_classes_are_taken_in_the_order_of_the_config(data, caplog):
     assert sorted(c["id"] for c in sound["categories"]) == [8, 9]
     assert "left out, with 1 boxes" in warnings(caplog)[0]
     assert "with the category ids 8 to 9, in results too" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "changes"),
+    [
+        (["cat", "dog", "cow", "owl"], []),
+        (["cat", "cow"], [(2, "classes not in DATASETS.CLASSES", "left out, with 2 boxes")]),
+        (
+            ["dog", "cat", "owl", "cow"],
+            [
+                (
+                    4,
+                    "classes in the order of DATASETS.CLASSES",
+                    "with the category ids 10 to 13, in results too",
+                )
+            ],
+        ),
+    ],
+)
+def test_what_is_noted_of_chosen_classes(data, classes, changes):
+    data.coco["categories"] += [{"id": 8, "name": "cow"}, {"id": 9, "name": "owl"}]
+    data.coco["annotations"].append({**data.coco["annotations"][0], "id": 13, "category_id": 9})
+    data.write()
+    read = read_coco(data.json_file, data.image_root, classes)
+    assert read.class_names == classes
+    assert read.changes == changes
+    sound = read.to_coco()
+    assert [a["id"] for a in sound["annotations"]] == list(range(1, len(read.boxes) + 1))
+
+
+def test_twenty_of_many_classes_are_shown(data):
+    data.coco["categories"] = [{"id": i, "name": f"c{i}"} for i in range(1, 26)]
+    data.write()
+    with pytest.raises(InputError) as error:
+        read_coco(data.json_file, data.image_root, ["owl"])
+    shown = ", ".join(f"c{i}" for i in range(1, 21))
+    assert str(error.value) == (
+        f"DATASETS.CLASSES names 'owl', which {data.json_file} does not have; its classes: "
+        f"{shown} and 5 more"
+    )
 
 
 def test_classes_whose_names_are_numbers(data):
@@ -281,10 +343,12 @@ def test_placeholders_of_boxes_are_not_normalized(data, caplog):
     assert "boxes without area" in warnings(caplog)[0]
 
 
-@pytest.mark.parametrize(("scale", "is_dark"), [(1, True), (16, True), (257, False)])
-def test_few_of_16_bits(data, caplog, scale, is_dark):
+@pytest.mark.parametrize(
+    ("value", "is_dark"), [(255, True), (4095, True), (4096, False), (65535, False)]
+)
+def test_few_of_16_bits(data, caplog, value, is_dark):
     for image in data.coco["images"]:
-        pixels = np.full((HEIGHT, WIDTH), 255, np.uint16) * scale
+        pixels = np.full((HEIGHT, WIDTH), value, np.uint16)
         cv2.imwrite(str(data.image_root / image["file_name"]), pixels)
     data.register()
     messages = [m for m in warnings(caplog) if "nearly black. Scale the images up" in m]
