@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from gfl_d2.data import images
 from gfl_d2.data.images import find_images, read_headers, read_image, to_array, why_unreadable
@@ -166,6 +167,34 @@ def test_orientation_of_png_files(tmp_path, bits, kind, place):
     content = content[:at] + png_chunk(kind, 6) + content[at:]
     (tmp_path / "a.png").write_bytes(content)
     check_orientation(tmp_path / "a.png", pixels, 6)
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "is_decoded"),
+    [
+        ([], [], False),
+        ([b"tEXt", b"eXIf"], [], False),
+        ([], [b"tIME"], False),
+        ([b"tEXt"], [b"tIME", b"eXIf"], True),
+    ],
+)
+def test_pixels_are_decoded_for_what_is_behind_them_only(
+    tmp_path, monkeypatch, before, behind, is_decoded
+):
+    """Of a whole dataset that would take long."""
+    Image.fromarray(corners()).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    time = struct.pack(">I4s7sI", 7, b"tIME", b"\x07\xd0\1\1\1\1\1", 0)
+    for place, kinds in ((b"IEND", behind), (b"IDAT", before)):
+        at = content.index(place) - 4
+        chunks = b"".join(time if kind == b"tIME" else png_chunk(kind, 6) for kind in kinds)
+        content = content[:at] + chunks + content[at:]
+    (tmp_path / "a.png").write_bytes(content)
+    decoded, load = [], PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: decoded.append(1) or load(image))
+    (header,) = read_headers(str(tmp_path), [str(tmp_path / "a.png")])
+    assert header.is_turned == (b"eXIf" in [*before, *behind])
+    assert bool(decoded) == is_decoded
 
 
 def test_headers(tmp_path):

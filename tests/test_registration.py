@@ -364,6 +364,7 @@ def test_a_copy_names_images_by_absolute_paths(data, monkeypatch):
     monkeypatch.chdir(data.image_root.parent)
     register_coco_format("pets", data.json_file, data.image_root.name)
     metadata = MetadataCatalog.get("pets")
+    assert Path(metadata.json_file).name.startswith("annotations-")
     theirs = load_coco_json(metadata.json_file, metadata.image_root)
     assert all(Path(record["file_name"]).is_file() for record in theirs)
 
@@ -374,6 +375,7 @@ def test_a_cache_that_cannot_be_written(data, tmp_path, monkeypatch):
     long = data.json_file.with_name("\u00fc" * 100 + ".json")
     data.json_file.rename(long)
     register_coco_format("pets", long, data.image_root)
+    assert Path(MetadataCatalog.get("pets").json_file).name.startswith("\u00fc" * 50 + "-")
     monkeypatch.setattr(registration, "atomic_write", Mock(side_effect=PermissionError("no")))
     data.coco["annotations"][0]["id"] = -1
     data.coco["annotations"][0]["bbox"][0] += 1
