@@ -102,6 +102,7 @@ class DyingMapper(GFLDatasetMapper):
         return record
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_names_its_image(data):
     data.register()
     loader = torch.utils.data.DataLoader(
