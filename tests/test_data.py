@@ -87,6 +87,13 @@ def test_malformed_json(data, content):
         register_coco_format("pets", data.json_file, data.image_root)
 
 
+@pytest.mark.parametrize("content", [b"<a/>", b"\n <!DOCTYPE html>"])
+def test_xml(data, content):
+    data.json_file.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read as JSON: it is XML or HTML; docs/data"):
+        register_coco_format("pets", data.json_file, data.image_root)
+
+
 @pytest.mark.parametrize("content", ["[]", "3", '{"images": {}}'])
 def test_json_that_is_not_coco(data, content):
     data.json_file.write_text(content)

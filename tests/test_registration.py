@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -106,28 +107,75 @@ def set_boxes(data, boxes):
 CORNERS = [[20, 10, 38, 28], [2, 3, 12, 11], [25, 15, 30, 25], [30, 2, 38, 20]]
 
 
+ARE_CORNERS = "they look like x0, y0, x1, y1: write x0, y0, width, height"
+ARE_CENTRES = "they look like centres with width and height: write the left upper corner"
+ARE_TURNED = "they fit the images turned by 90 degrees: were these rotated?"
+OTHER_SIZE = "were they made on images of another size?"
+CORNER, NO_CORNER, NO_WIDTH = [20, 10, 38, 28], [20, 20, 38, 10], [20, 10, 20, 28]
+
+
 @pytest.mark.parametrize(
-    ("boxes", "guess"),
+    ("boxes", "share", "guess"),
     [
-        (CORNERS, "they look like x0, y0, x1, y1: write x0, y0, width, height"),
-        ([[20, 15, 38, 28], [30, 20, 18, 18], [25, 20, 28, 18]], "they look like centres"),
-        ([[2, 5, 20, 34], [5, 20, 10, 19], [3, 25, 12, 14]], "turned by 90 degrees"),
-        ([[90, 60, 20, 30], [5, 20, 100, 19], [70, 5, 40, 30]], "images of another size"),
+        (CORNERS, 75, ARE_CORNERS),
+        ([[20, 15, 38, 28], [30, 20, 18, 18], [25, 20, 28, 18]], 100, ARE_CENTRES),
+        ([[2, 5, 20, 34], [5, 20, 10, 19], [3, 25, 12, 14]], 100, ARE_TURNED),
+        ([[90, 60, 20, 30], [5, 20, 100, 19], [70, 5, 40, 30]], 100, OTHER_SIZE),
+        # As centres they leave the image too, on the left and on the right.
+        ([[13, 15, 38, 10]] * 3, 100, OTHER_SIZE),
+        ([[27, 15, 38, 10]] * 3, 100, OTHER_SIZE),
+        # A few that do not fit.
+        ([CORNER] * 99 + [NO_CORNER], 100, ARE_CORNERS),
+        ([CORNER] * 95 + [NO_CORNER] * 5, 100, OTHER_SIZE),
+        ([CORNER] * 95 + [NO_WIDTH] * 5, 100, ARE_CORNERS),
     ],
 )
-def test_boxes_that_leave_their_image(data, caplog, boxes, guess):
+def test_boxes_that_leave_their_image(data, caplog, boxes, share, guess):
     set_boxes(data, boxes)
     data.register()
     (warning,) = [text for text in warnings(caplog) if "leave their image" in text]
-    assert f"{data.json_file}: " in warning
-    assert "% of the boxes leave their image" in warning
-    assert guess in warning
+    assert warning == f"{data.json_file}: {share}% of the boxes leave their image; {guess}"
 
 
-def test_a_few_boxes_may_leave_their_image(data, caplog):
-    set_boxes(data, [*[[1, 1, 9, 9]] * 100, *CORNERS[:3]])
+@pytest.mark.parametrize(
+    ("start", "end", "leaves"),
+    [
+        (0, 41.3, False),
+        (0, 41.5, True),
+        (-1.3, 30, False),
+        (-1.5, 30, True),
+    ],
+)
+def test_tolerance_of_the_border(data, caplog, start, end, leaves):
+    """One pixel, and 1% of the side."""
+    set_boxes(data, [[start, 1, end - start, 9]] * 3)
     data.register()
-    assert not [text for text in warnings(caplog) if "leave their image" in text]
+    assert len([text for text in warnings(caplog) if "leave their image" in text]) == leaves
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "is_told"), [(97, 3, False), (96, 4, True), (7, 3, True), (8, 2, False)]
+)
+def test_a_few_boxes_may_leave_their_image(data, caplog, inside, outside, is_told):
+    set_boxes(data, [[1, 1, 9, 9]] * inside + [CORNER] * outside)
+    data.register()
+    assert len([text for text in warnings(caplog) if "leave their image" in text]) == is_told
+
+
+def test_an_image_of_one_pixel(data, caplog):
+    set_boxes(data, [*[[5, 5, 9, 9]] * 3, [1, 1, 9, 9]])
+    data.coco["annotations"][-1]["image_id"] = 2
+    Image.new("RGB", (1, 1)).save(data.image_root / "1.png")
+    data.coco["images"][0].update(width=1, height=1)
+    data.write()
+    read = read_coco(data.json_file, data.image_root)
+    assert read.boxes.tolist() == [[1, 1, 9, 9]]
+    what = (
+        f"boxes without area in their image (first: [5.0, 5.0, 9.0, 9.0] of {read.file_names[0]})"
+    )
+    assert read.changes[-1] == (3, what, "left out")
+    assert "75% of the boxes leave their image" in warnings(caplog)[0]
+    assert type(read.to_records()[1]["annotations"][0]["iscrowd"]) is int
 
 
 def test_normalized_boxes_are_refused(data):
@@ -322,12 +370,13 @@ def test_images_are_not_checked_where_they_can_be_done_without(data):
 
 
 def test_boxes_of_an_absent_image_without_size_are_kept(data, caplog):
+    data.coco["annotations"] += [{**data.coco["annotations"][0], "id": 20 + i} for i in range(4)]
     (data.image_root / "1.png").unlink()
     for image in data.coco["images"]:
         del image["width"], image["height"]
     data.write()
     register_coco_format("pets", data.json_file, data.image_root, check_images=False)
-    assert boxes_of("pets") == [[1], [0]]
+    assert boxes_of("pets") == [[1] * 5, [0]]
     assert len(warnings(caplog)) == 1  # of the sizes
 
 
@@ -364,7 +413,9 @@ def test_a_copy_names_images_by_absolute_paths(data, monkeypatch):
     monkeypatch.chdir(data.image_root.parent)
     register_coco_format("pets", data.json_file, data.image_root.name)
     metadata = MetadataCatalog.get("pets")
-    assert Path(metadata.json_file).name.startswith("annotations-")
+    copy = Path(metadata.json_file)
+    assert copy.name.startswith("annotations-")
+    assert copy.parent == Path(os.environ["FVCORE_CACHE"], "gfl_d2", "annotations")
     theirs = load_coco_json(metadata.json_file, metadata.image_root)
     assert all(Path(record["file_name"]).is_file() for record in theirs)
 
