@@ -2,6 +2,7 @@ import json
 import os
 import struct
 import zlib
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -43,7 +44,9 @@ ALIKE = "in another case or Unicode form"
         ("x%20y.jpg", "x%20y.jpg", ""),
         ("odd\\name.jpg", "odd\\name.jpg", ""),
         ("https://host/x/a%20b.jpg?token=a%2Fb&v=1", "a b.jpg", "from the end of the path"),
+        ("https://host/get?v=1&file=a.jpg", "a.jpg", "from the end of the path"),
         ("a.jpg?raw=true", "a.jpg", "without ?..."),
+        ("a.jpg?raw=true?v=1", "a.jpg", "without ?..."),
         ("why?.jpg", "why?.jpg", ""),
         ("a.jpg", "A.JPG", ALIKE),
         ("x/B/a.JPEG", "B/a.jpeg", ALIKE),
@@ -74,6 +77,12 @@ def test_one_file_is_not_taken_for_two_images(tmp_path):
     assert ways == {}
     # Two ways to write one name are one image, which a file may list twice.
     assert None not in find_images(str(tmp_path), ["x\\1.jpg", "x/1.jpg"])[0]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg")
+    monkeypatch.setattr(images.os, "listdir", Mock(side_effect=PermissionError))
+    assert find_images(str(tmp_path), ["a.jpg", "b.jpg"]) == ([str(tmp_path / "a.jpg"), None], {})
 
 
 def test_names_alike(tmp_path):

@@ -178,10 +178,44 @@ def test_an_image_of_one_pixel(data, caplog):
     assert type(read.to_records()[1]["annotations"][0]["iscrowd"]) is int
 
 
-def test_normalized_boxes_are_refused(data):
-    set_boxes(data, [[0.1, 0.2, 0.5, 0.6], [0, 0, 1, 1.02], [5, 5, 9, 9]])
-    message = data.error()
-    assert "in 2 of 3 boxes all values of 'bbox' are at most 1, so they are normalized" in message
+@pytest.mark.parametrize(
+    ("boxes", "count"),
+    [
+        ([[0.1, 0.2, 0.5, 0.6], [0, 0, 1, 1.02], [5, 5, 9, 9]], "2 of 3"),
+        ([[0, 0, 1.05, 1], [0, 0, 1, 1.05], [5, 5, 9, 9]], "2 of 3"),
+        ([[0, 0, 0.5, 0.5], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], "1 of 1"),
+    ],
+)
+def test_normalized_boxes_are_refused(data, boxes, count):
+    set_boxes(data, boxes)
+    assert data.error() == (
+        f"{data.json_file}: in {count} boxes all values of 'bbox' are at most 1, so they are "
+        "normalized: multiply x and width by the width of the image, y and height by its height"
+    )
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[0, 0, 1, 1], [5, 5, 9, 9]],
+        [[1, 1, 2, 2], [0, 0, 2, 1]],
+        [[0, 0, 0, 1], [0, 0, 1, 0], [5, 5, 9, 9]],
+    ],
+)
+def test_small_boxes_that_are_not_normalized(data, boxes):
+    set_boxes(data, boxes)
+    data.write()
+    expected = [box for box in boxes if box[2] and box[3]]
+    assert read_coco(data.json_file, data.image_root).boxes.tolist() == expected
+
+
+def test_boxes_of_one_pixel_in_images_of_one(data):
+    set_boxes(data, [[0, 0, 1, 1]])
+    for image in data.coco["images"]:
+        Image.new("RGB", (1, 1)).save(data.image_root / image["file_name"])
+        image.update(width=1, height=1)
+    data.write()
+    assert read_coco(data.json_file, data.image_root).boxes.tolist() == [[0, 0, 1, 1]]
 
 
 # Sizes
@@ -402,6 +436,36 @@ def test_few_of_16_bits(data, caplog, value, is_dark):
     data.register()
     messages = [m for m in warnings(caplog) if "nearly black. Scale the images up" in m]
     assert len(messages) == is_dark
+
+
+# What is said of the images
+
+
+def test_table_of_what_is_read_otherwise(data, caplog):
+    for image in data.coco["images"]:
+        image["file_name"] = f"photos/{image['file_name']}"
+        del image["width"]
+    cv2.imwrite(str(data.image_root / "2.png"), np.full((HEIGHT, WIDTH), 5000, np.uint16))
+    data.register()
+    (text,) = warnings(caplog)
+    first, headers, _, *rows = (line.strip("|") for line in text.splitlines())
+    assert first == f"{data.json_file} is used with these changes; the file stays as it is:"
+    assert [cell.strip() for cell in headers.split("|")] == ["number", "what", "read as"]
+    assert [[cell.strip() for cell in row.split("|")] for row in rows] == [
+        ["2", "images not found by their file_name", "from the end of the path"],
+        ["2", "images without size", "that of the image file"],
+        ["1", "images of 16 bits", "8 bits: value / 256, as OpenCV does"],
+    ]
+
+
+def test_images_that_cannot_be_used(data):
+    (data.image_root / "1.png").write_bytes(b"")
+    Image.new("F", (WIDTH, HEIGHT)).save(data.image_root / "2.png", format="TIFF")
+    assert data.error() == (
+        f"2 of the 2 images of {data.json_file}, in {data.image_root}, cannot be used: "
+        "1.png (it is not an image), 2.png (32 bits per channel, or signed ones: save it with 8). "
+        "Replace them, or delete them from the file"
+    )
 
 
 # Where copies are kept
