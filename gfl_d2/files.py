@@ -107,13 +107,13 @@ def lock_folder(folder: str) -> IO:
     Raises:
         InputError: another process has the lock, or the folder cannot be written to.
     """
-    key = os.path.realpath(folder)
+    key, path = os.path.realpath(folder), os.path.join(folder, _LOCK)
     held = _HELD.get(key)
-    if held is not None and not held.closed:
+    if held is not None and _is_at(held, path):
         return held
     try:
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, _LOCK), "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"OUTPUT_DIR {folder} cannot be written to: {error.strerror}") from None
     try:
@@ -136,6 +136,14 @@ def lock_folder(folder: str) -> IO:
     os.register_at_fork(after_in_child=functools.partial(_close, weakref.ref(file)))
     _HELD[key] = file
     return file
+
+
+def _is_at(file: IO, path: str) -> bool:
+    """Whether an open file still has this path: its folder may have been deleted."""
+    try:
+        return not file.closed and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
 
 
 def _close(reference: weakref.ref) -> None:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,23 @@ def test_lock_stays_when_the_folder_is_read(tmp_path):
     other = start_process(lock_folder, str(tmp_path))
     other.join()
     assert other.exitcode == 0
+
+
+def test_a_folder_that_was_deleted_is_made_and_locked_anew(tmp_path):
+    """An earlier trainer of this process may hold its lock still, in a notebook for instance."""
+    folder = tmp_path / "output"
+    earlier = lock_folder(str(folder))
+    for made in (False, True):
+        shutil.rmtree(folder)
+        if made:
+            folder.mkdir()
+        lock = claim_output_folder(str(folder))
+        assert (folder / "training.lock").read_text()
+        assert lock_folder(str(folder)) is lock is not earlier
+        other = start_process(lock_folder, str(folder))
+        other.join()
+        assert other.exitcode != 0
+        earlier = lock
 
 
 def test_another_process_of_the_same_name(tmp_path, monkeypatch):
