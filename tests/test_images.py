@@ -237,6 +237,24 @@ def test_headers_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
     assert read_headers(str(tmp_path), [path])[0][:2] == (31, 20)
 
 
+def test_folders_are_remembered_apart(tmp_path):
+    for name in ("a", "b", "a"):
+        touch(tmp_path, f"{name}/1.png")
+        Image.new("RGB", (30, 20)).save(tmp_path / name / "1.png")
+        read_headers(str(tmp_path / name), [str(tmp_path / name / "1.png")])
+    assert len(list((tmp_path / "cache" / "gfl_d2" / "images").iterdir())) == 2
+
+
+def test_progress_is_shown_of_thousands(tmp_path, capsys):
+    paths = [str(tmp_path / f"{i}.jpg") for i in range(2001)]
+    assert read_headers(str(tmp_path), paths[:2000]) == ["no such file"] * 2000
+    assert capsys.readouterr().err == ""
+    assert read_headers(str(tmp_path), paths) == ["no such file"] * 2001
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith("Image headers: 100%")
+    assert "2001/2001" in last
+
+
 def test_a_damaged_memory_is_made_anew(tmp_path):
     path = str(tmp_path / "a.png")
     Image.new("RGB", (30, 20)).save(path)
