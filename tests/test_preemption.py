@@ -99,8 +99,18 @@ def test_kill_before_the_final_model(dataset, is_longer):
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_workers_end_with_the_process(dataset):
-    """Python ends those that are left when it ends."""
+@pytest.fixture
+def start_method():
+    before = multiprocessing.get_start_method()
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_with_the_process(dataset, start_method, method):
+    """Python ends those that are left when it ends. From 3.14 on a server forks them."""
+    multiprocessing.set_start_method(method, force=True)
     cfg = exact.make_config(dataset, "DATALOADER.NUM_WORKERS", 2)
     batches = iter(Trainer.build_train_loader(cfg))
     next(batches)
@@ -108,7 +118,7 @@ def test_workers_end_with_the_process(dataset):
     assert len(workers) == 2
     for worker in workers:
         worker.terminate()
-        worker.join(10)
+        worker.join(60)
         assert worker.exitcode == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import operator
 import os
 import signal
@@ -139,7 +140,8 @@ def _leave_signals_to_the_training(worker_id: int) -> None:
 
 
 def _wait_for_the_training() -> None:
-    # By a signal of its own it ends workers that are left.
-    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+    # By a signal of its own it ends workers that are left. Their parent may be a server of forks.
+    training = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo(SIGNALS).si_pid != training:
         pass
     os._exit(0)
