@@ -16,6 +16,7 @@ from gfl_d2.data import (
     loading,
     register_coco_format,
     register_datasets,
+    registration,
 )
 from gfl_d2.errors import InputError
 from small_dataset import COCO, HEIGHT, WIDTH, Data, make_cfg, warnings
@@ -45,18 +46,27 @@ def test_register_sets_metadata_at_once_and_loads(data):
     assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
 
 
-def test_register_twice(data, tmp_path):
+def test_register_twice(data, tmp_path, monkeypatch):
     data.register()
+    monkeypatch.setattr(registration, "read_coco", lambda *args: pytest.fail("read again"))
     data.register()
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(InputError, match=r"'pets' is registered twice.*elsewhere"):
+    with pytest.raises(InputError) as error:
         register_coco_format("pets", data.json_file, tmp_path / "elsewhere")
+    assert str(error.value) == (
+        f"Dataset 'pets' is registered twice, with {data.json_file} and {data.image_root}, then "
+        f"with {data.json_file} and {tmp_path / 'elsewhere'}: choose another name"
+    )
 
 
 def test_names_of_detectron2_are_refused(data):
     data.write()
-    with pytest.raises(InputError, match=r"'coco_2017_val' belongs to .* already registered"):
+    with pytest.raises(InputError) as error:
         register_coco_format("coco_2017_val", data.json_file, data.image_root)
+    assert str(error.value) == (
+        "The name 'coco_2017_val' belongs to a dataset that is already registered, by Detectron2 or "
+        "by other code: choose another"
+    )
 
 
 def test_real_photographs(real_data):
