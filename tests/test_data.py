@@ -64,8 +64,8 @@ def test_names_of_detectron2_are_refused(data):
     with pytest.raises(InputError) as error:
         register_coco_format("coco_2017_val", data.json_file, data.image_root)
     assert str(error.value) == (
-        "The name 'coco_2017_val' belongs to a dataset that is already registered, by Detectron2 or "
-        "by other code: choose another"
+        "The name 'coco_2017_val' belongs to a dataset that is already registered, by Detectron2 "
+        "or by other code: choose another"
     )
 
 
