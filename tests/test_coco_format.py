@@ -185,6 +185,31 @@ def test_what_is_read_of_odd_values(data):
     assert read.image_indices.tolist() == [0, 1]
 
 
+def test_ids_that_are_numbered(data):
+    for change in (set_ids(categories={7: "d", 3: "c"}), set_ids(images={2: "1"})):
+        change(data.coco)
+    data.write()
+    read = read_annotations(data.json_file)
+    assert (read.category_ids, read.class_names) == ([1, 2], ["dog", "cat"])
+    assert (read.image_ids, read.file_names) == ([1, 2], ["1.png", "2.png"])
+    assert read.class_indices.tolist() == read.image_indices.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(2**31 - 1, 2**31 - 1), (2**31, 0), (-1, 0), (0.5, 1), ("x", 0)]
+)
+def test_sizes(data, width, expected):
+    data.coco["images"][0]["width"] = width
+    data.write()
+    assert read_annotations(data.json_file).sizes.tolist()[0] == [expected, 30]
+
+
+def test_a_folder_is_no_file(data):
+    with pytest.raises(InputError) as error:
+        read_annotations(data.image_root)
+    assert str(error.value).startswith(f"{data.image_root} cannot be read: ")
+
+
 FIRST, SECOND = "annotation 11 (image 1, 1.png; category 7)", "annotation 12 (image 2, 2.png; "
 REMEDY = "correct or delete that annotation"
 TWICE = "give each an id of its own"

@@ -403,6 +403,14 @@ def test_images_are_not_checked_where_they_can_be_done_without(data):
     assert [len(r["annotations"]) for r in records] == [1, 1, 0, 0]
 
 
+def test_images_are_checked_unless_told_otherwise(data):
+    (data.image_root / "1.png").unlink()
+    data.write()
+    with pytest.raises(InputError, match=r"1 of the 2 images .* do not exist"):
+        read_coco(data.json_file, data.image_root)
+    assert len(read_coco(data.json_file, data.image_root, check_images=False).boxes) == 2
+
+
 def test_boxes_of_an_absent_image_without_size_are_kept(data, caplog):
     data.coco["annotations"] += [{**data.coco["annotations"][0], "id": 20 + i} for i in range(4)]
     (data.image_root / "1.png").unlink()
