@@ -109,9 +109,9 @@ def lock_folder(folder: str) -> IO:
     """
     key, path = os.path.realpath(folder), os.path.join(folder, _LOCK)
     held = _HELD.get(key)
-    if held is not None and _is_at(held, path):
-        return held
     try:
+        if held is not None and _is_at(held, path):
+            return held
         os.makedirs(folder, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
@@ -139,10 +139,10 @@ def lock_folder(folder: str) -> IO:
 
 
 def _is_at(file: IO, path: str) -> bool:
-    """Whether an open file still has this path: its folder may have been deleted."""
+    """Whether an open file still has this path: its folder may have been deleted or moved."""
     try:
         return not file.closed and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -296,6 +296,11 @@ TWICE = "give each an id of its own"
             )
             for id in (5, [7], True)
         ),
+        (
+            lambda coco: coco["annotations"][1].update(category_id=None),
+            f"{SECOND}category None) is of unknown category None; known: 3, 7. Add the category, "
+            "or delete the annotation; 1 of 2 are like that",
+        ),
         *(
             (
                 update("annotations", 1, bbox=bbox),
