@@ -37,8 +37,8 @@ GROUPS = {
     "reading": (
         [f"{DATA}/{x}.py" for x in (
             "coco_format", "coco_data", "json_values", "registration", "images")],
-        ["coco_format", "coco_variants", "data", "registration", "images", "dataset_mapper",
-         "other_formats", "predictor"],
+        ["coco_format", "coco_variants", "data", "read_coco", "registration", "images",
+         "dataset_mapper", "other_formats", "predictor"],
     ),
 }  # fmt: skip
 SETTINGS = """
