@@ -108,8 +108,13 @@ def start_method():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_workers_end_with_the_process(dataset, start_method, method):
-    """Python ends those that are left when it ends. From 3.14 on a server forks them."""
+def test_signals_to_workers(dataset, start_method, method, monkeypatch):
+    """
+    They outlive those of others, whichever of their threads gets one. Python ends those that are
+    left when it ends, and waits for them.
+    """
+    # Threads that start when NumPy is imported, before any of the worker's own code.
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
     multiprocessing.set_start_method(method, force=True)
     # The first batch waits for an image of each worker.
     opts = ("DATALOADER.NUM_WORKERS", 2, "SOLVER.IMS_PER_BATCH", 2)
@@ -119,7 +124,11 @@ def test_workers_end_with_the_process(dataset, start_method, method):
     next(batches)
     workers = [process for process in multiprocessing.active_children() if process not in others]
     assert len(workers) == 2
+    for number in (*SIGNALS, *SIGNALS, *SIGNALS):
+        subprocess.run(["kill", f"-{int(number)}", *(str(w.pid) for w in workers)], check=True)
+        assert len(next(batches)) == 2
     for worker in workers:
+        assert worker.is_alive()
         worker.terminate()
         worker.join(60)
         assert worker.exitcode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import operator
@@ -9,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ __all__ = ["TrainingLoader"]
 # Which image, its number in the order of all that the training sees, in all processes, and the
 # iteration.
 _Sample = tuple[int, int, int]
+
+# A signal to all processes of a job is not to end the workers before the training is saved. They
+# end at the training's own, which they have to tell from others.
+_KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # not on macOS
 
 
 class TrainingLoader:
@@ -82,17 +88,19 @@ class TrainingLoader:
         # Nothing of it runs, and no worker starts, before the first batch is taken.
         batches = itertools.islice(enumerate(self._batches()), self._iteration, None)
         samples = ((*sample, iteration) for iteration, batch in batches for sample in batch)
-        elements = iter(
-            DataLoader(
-                _SeededDataset(self._records, self._mapper, self._seed),
-                sampler=samples,
-                collate_fn=operator.itemgetter(0),
-                num_workers=self._cfg.DATALOADER.NUM_WORKERS,
-                worker_init_fn=_leave_signals_to_the_training,
-                # It draws a number when it starts, which is not to be one of the training's.
-                generator=torch.Generator(),
-            )
+        workers = self._cfg.DATALOADER.NUM_WORKERS
+        loader = DataLoader(
+            _SeededDataset(self._records, self._mapper, self._seed),
+            sampler=samples,
+            collate_fn=operator.itemgetter(0),
+            num_workers=workers,
+            multiprocessing_context=_worker_start_method() if workers else None,
+            worker_init_fn=_wait_for_the_training if _KNOWS_SENDERS else None,
+            # It draws a number when it starts, which is not to be one of the training's.
+            generator=torch.Generator(),
         )
+        with _signals_left_to_the_training():
+            elements = iter(loader)
         while True:
             self.last_batch = list(itertools.islice(elements, self._batch_size))
             yield self.last_batch
@@ -132,15 +140,38 @@ class _SeededDataset(Dataset):
         yield from torch.randperm(len(self)).tolist()
 
 
-def _leave_signals_to_the_training(worker_id: int) -> None:
-    """A signal to all processes of a job is not to end the workers before it is saved."""
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=_wait_for_the_training, daemon=True).start()
+def _worker_start_method() -> str:
+    """That of the process, but no server of forks, which a signal to all processes would end."""
+    method = multiprocessing.get_start_method()
+    return "spawn" if method == "forkserver" else method
 
 
-def _wait_for_the_training() -> None:
-    # By a signal of its own it ends workers that are left. Their parent may be a server of forks.
+@contextlib.contextmanager
+def _signals_left_to_the_training() -> Iterator[None]:
+    """
+    Processes that start in it have the signals blocked, in all threads: some libraries start
+    theirs when they are imported, before any code of a worker runs.
+    """
+    if not _KNOWS_SENDERS:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        # Spawned processes need a tracker. When it starts, Python up to 3.13 unblocks SIGTERM.
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait_for_the_training(worker_id: int) -> None:
+    threading.Thread(target=_end_with_the_training, daemon=True).start()
+
+
+def _end_with_the_training() -> None:
+    # Python terminates workers that are left, and waits for them.
     training = multiprocessing.parent_process().pid
     while signal.sigwaitinfo(SIGNALS).si_pid != training:
         pass
