@@ -265,8 +265,14 @@ def test_another_process_of_the_same_name(tmp_path, monkeypatch):
 
 def test_lock_is_not_that_of_workers(tmp_path):
     """They may live on for seconds."""
-    lock = lock_folder(str(tmp_path))
-    worker = start_process(time.sleep, 600)
+    lock, started = lock_folder(str(tmp_path)), multiprocessing.Event()
+
+    def work():
+        started.set()
+        time.sleep(600)
+
+    worker = start_process(work)
+    started.wait()
     lock.close()
     assert not is_refused(tmp_path)
     worker.kill()
